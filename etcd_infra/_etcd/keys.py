@@ -1,0 +1,124 @@
+"""
+The key layout: the only module that knows which key belongs to what.
+
+It renders full keys. A *segment* is a user's name in UTF-8 with `%`, `/` and control characters
+percent-encoded, so that no name is ever the prefix of another name's keys; lease ids are lower-case hex
+without padding, as etcd's Go client writes them. The layout of locks is that of etcd's Go `concurrency`
+package: a line is a prefix, the place in it is the create revision, the rest of the key is free. Nothing
+else may ever live under `lock/{name}/`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import unquote
+
+MAX_SEGMENT_BYTES: Final = 512
+
+
+def encode_segment(name: str) -> str:
+    """
+    Encode a user's name as one legible key segment.
+
+    Raises:
+        TypeError: `name` is no str.
+        ValueError: `name` is empty, longer than 512 bytes when encoded, or holds lone surrogates.
+    """
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"a name must be a str, not {name!r}"
+        raise TypeError(msg)
+    if not name:
+        msg = "a name must not be empty"
+        raise ValueError(msg)
+    encoded = "".join(
+        f"%{ord(char):02X}" if char in "%/" or ord(char) < 0x20 or ord(char) == 0x7F else char for char in name
+    )
+    if len(encoded.encode()) > MAX_SEGMENT_BYTES:
+        msg = f"a name must have at most {MAX_SEGMENT_BYTES} bytes, not {len(encoded.encode())}: {name[:40]!r}…"
+        raise ValueError(msg)
+    return encoded
+
+
+def decode_segment(segment: str) -> str:
+    """Undo `encode_segment`."""
+    return unquote(segment, errors="surrogateescape")
+
+
+class Keys:
+    """The keys of one namespace; an empty namespace puts nothing in front."""
+
+    __slots__ = ("namespace", "root")
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.root = f"{encode_segment(namespace)}/".encode() if namespace != "" else b""  # noqa: PLC1901
+
+    # ── the store's lineage ─────────────────────────────────────────────────────────────────────
+
+    @property
+    def epoch(self) -> bytes:
+        """A random id, created once, without a lease."""
+        return self.root + b"epoch"
+
+    # ── sessions ────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def sessions(self) -> bytes:
+        """The prefix of all sessions and their slots."""
+        return self.root + b"session/"
+
+    def session(self, lease: int) -> bytes:
+        """A session: JSON node id, host, start; on its own lease. Its mod revision is the generation."""
+        return self.sessions + b"%x" % lease
+
+    def slot(self, lease: int, index: int) -> bytes:
+        """A writer slot of a session."""
+        return self.session(lease) + b"/op/%d" % index
+
+    def parse_session(self, key: bytes) -> int | None:
+        """Return the lease of a session's own key, None for other keys."""
+        return _hex(key.removeprefix(self.sessions)) if key.startswith(self.sessions) else None
+
+    # ── locks ───────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def locks(self) -> bytes:
+        """The prefix of all locks' lines."""
+        return self.root + b"lock/"
+
+    def lock_line(self, name: str) -> bytes:
+        """The prefix of one lock's line; `etcdctl lock` takes it without the last slash."""
+        return self.locks + encode_segment(name).encode() + b"/"
+
+    def parse_lock(self, key: bytes) -> str | None:
+        """Return the lock's name of a key in a line, None for other keys."""
+        segment, slash, _ = key.removeprefix(self.locks).partition(b"/")
+        if not (key.startswith(self.locks) and slash and segment):
+            return None
+        return decode_segment(segment.decode(errors="surrogateescape"))
+
+    # ── state ───────────────────────────────────────────────────────────────────────────────────
+
+    def state(self, key: str) -> bytes:
+        """A value of the user's; slashes are allowed in `key`."""
+        if not key:
+            msg = "a state key must not be empty"
+            raise ValueError(msg)
+        return self.root + b"state/" + key.encode()
+
+
+def place(line: bytes, lease: int, number: int) -> bytes:
+    """Return a key in a line: unique for ever, as `number` is never used twice by one lease."""
+    return line + b"%x-%d" % (lease, number)
+
+
+def place_lease(key: bytes) -> int | None:
+    """Return the lease in the name of a key in a line: ours (`{hex}-{n}`) or Go's (`{hex}`)."""
+    return _hex(key.rpartition(b"/")[2].partition(b"-")[0])
+
+
+def _hex(text: bytes) -> int | None:
+    try:
+        return int(text, 16)
+    except ValueError:
+        return None
