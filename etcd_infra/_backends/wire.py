@@ -1,0 +1,318 @@
+"""
+Between `model.py`'s values and the protocol's bytes.
+
+Encoding raises `TypeError` or `ValueError` for what does not fit (a number beyond 64 bits), before anything
+is sent. Decoding believes nothing: bytes that are no such message, or a message that can not be the answer
+to its request, are `InvalidAnswerError`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from google.protobuf.message import DecodeError
+
+from etcd_infra._backends.wire_schema import MESSAGES
+from etcd_infra._etcd.model import (
+    Compare,
+    DeleteRange,
+    DeleteRangeResult,
+    Event,
+    EventKind,
+    KeyValue,
+    LeaseGrant,
+    LeaseRenewal,
+    LeaseTimeToLive,
+    Put,
+    PutResult,
+    Range,
+    RangeResult,
+    Status,
+    Target,
+    Txn,
+    TxnResult,
+    WatchRequest,
+    WatchResponse,
+)
+from etcd_infra.errors import InvalidAnswerError
+
+if TYPE_CHECKING:
+    from etcd_infra._etcd.model import Op, OpResult
+
+_ASCENDING: Final = 1
+_DESCENDING: Final = 2
+_NO_PUT: Final = 0
+_NO_DELETE: Final = 1
+_OPERANDS: Final = {
+    Target.VERSION: "version",
+    Target.CREATE: "create_revision",
+    Target.MOD: "mod_revision",
+    Target.VALUE: "value",
+    Target.LEASE: "lease",
+}
+
+
+# ── requests ────────────────────────────────────────────────────────────────────────────────────
+
+
+def encode_range(request: Range) -> bytes:
+    """Encode a RangeRequest."""
+    return _range(request).SerializeToString()
+
+
+def encode_txn(request: Txn) -> bytes:
+    """Encode a TxnRequest."""
+    return _txn(request).SerializeToString()
+
+
+def encode_compact(revision: int) -> bytes:
+    """Encode a CompactionRequest."""
+    return MESSAGES["CompactionRequest"](revision=revision).SerializeToString()
+
+
+def encode_lease_grant(ttl: int, lease: int) -> bytes:
+    """Encode a LeaseGrantRequest."""
+    return MESSAGES["LeaseGrantRequest"](TTL=ttl, ID=lease).SerializeToString()
+
+
+def encode_lease(lease: int) -> bytes:
+    """Encode a LeaseKeepAliveRequest or a LeaseRevokeRequest, which look the same."""
+    return MESSAGES["LeaseRevokeRequest"](ID=lease).SerializeToString()
+
+
+def encode_lease_time_to_live(lease: int, *, keys: bool) -> bytes:
+    """Encode a LeaseTimeToLiveRequest."""
+    return MESSAGES["LeaseTimeToLiveRequest"](ID=lease, keys=keys).SerializeToString()
+
+
+def encode_watch_create(request: WatchRequest, watch_id: int) -> bytes:
+    """Encode a WatchRequest that creates a watch, in fragments if the events are big."""
+    filters = [_NO_PUT] * request.no_put + [_NO_DELETE] * request.no_delete
+    create = MESSAGES["WatchCreateRequest"](
+        key=request.range.key,
+        range_end=request.range.end,
+        start_revision=request.start_revision,
+        progress_notify=request.progress_notify,
+        filters=filters,
+        prev_kv=request.prev_kv,
+        watch_id=watch_id,
+        fragment=True,
+    )
+    return MESSAGES["WatchRequest"](create_request=create).SerializeToString()
+
+
+def encode_watch_cancel(watch_id: int) -> bytes:
+    """Encode a WatchRequest that cancels a watch."""
+    cancel = MESSAGES["WatchCancelRequest"](watch_id=watch_id)
+    return MESSAGES["WatchRequest"](cancel_request=cancel).SerializeToString()
+
+
+def _range(request: Range) -> Any:
+    order = 0
+    if request.sort_by is not None or request.descending:
+        order = _DESCENDING if request.descending else _ASCENDING
+    return MESSAGES["RangeRequest"](
+        key=request.range.key,
+        range_end=request.range.end,
+        limit=request.limit,
+        revision=request.revision,
+        sort_order=order,
+        sort_target=request.sort_by or 0,
+        serializable=request.serializable,
+        keys_only=request.keys_only,
+        count_only=request.count_only,
+        min_mod_revision=request.min_mod_revision,
+        max_mod_revision=request.max_mod_revision,
+        min_create_revision=request.min_create_revision,
+        max_create_revision=request.max_create_revision,
+    )
+
+
+def _put(request: Put) -> Any:
+    return MESSAGES["PutRequest"](
+        key=request.key,
+        value=request.value,
+        lease=request.lease,
+        prev_kv=request.prev_kv,
+        ignore_value=request.ignore_value,
+        ignore_lease=request.ignore_lease,
+    )
+
+
+def _delete_range(request: DeleteRange) -> Any:
+    return MESSAGES["DeleteRangeRequest"](
+        key=request.range.key, range_end=request.range.end, prev_kv=request.prev_kv
+    )
+
+
+def _compare(compare: Compare) -> Any:
+    message = MESSAGES["Compare"](
+        result=compare.operator,
+        target=compare.target,
+        key=compare.range.key,
+        range_end=compare.range.end,
+    )
+    setattr(message, _OPERANDS[compare.target], compare.operand)
+    return message
+
+
+def _op(op: Op) -> Any:
+    if isinstance(op, Put):
+        return MESSAGES["RequestOp"](request_put=_put(op))
+    if isinstance(op, Range):
+        return MESSAGES["RequestOp"](request_range=_range(op))
+    if isinstance(op, DeleteRange):
+        return MESSAGES["RequestOp"](request_delete_range=_delete_range(op))
+    return MESSAGES["RequestOp"](request_txn=_txn(op))
+
+
+def _txn(request: Txn) -> Any:
+    return MESSAGES["TxnRequest"](
+        compare=[_compare(compare) for compare in request.compare],
+        success=[_op(op) for op in request.success],
+        failure=[_op(op) for op in request.failure],
+    )
+
+
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def decode_range(answer: bytes) -> RangeResult:
+    """Decode a RangeResponse."""
+    message = _parsed("RangeResponse", answer)
+    return _range_result(message, _revision(message))
+
+
+def decode_txn(answer: bytes, request: Txn) -> TxnResult:
+    """Decode the TxnResponse to `request`, whose shape it must have."""
+    message = _parsed("TxnResponse", answer)
+    return _txn_result(message, request, _revision(message))
+
+
+def decode_revision(name: str, answer: bytes) -> int:
+    """Decode an answer of which only the header's revision is of interest."""
+    return _revision(_parsed(name, answer))
+
+
+def decode_lease_grant(answer: bytes) -> LeaseGrant:
+    """Decode a LeaseGrantResponse."""
+    message = _parsed("LeaseGrantResponse", answer)
+    if not message.ID or message.TTL <= 0:
+        raise InvalidAnswerError(f"a lease was granted without id or time: id {message.ID}, TTL {message.TTL}")
+    return LeaseGrant(message.ID, message.TTL, message.header.revision)
+
+
+def decode_lease_keep_alive(answer: bytes, lease: int) -> LeaseRenewal:
+    """Decode the LeaseKeepAliveResponse for `lease`; TTL 0 says that it does not exist."""
+    message = _parsed("LeaseKeepAliveResponse", answer)
+    _same_lease(message.ID, lease)
+    return LeaseRenewal(lease, max(message.TTL, 0), message.header.revision)
+
+
+def decode_lease_time_to_live(answer: bytes, lease: int) -> LeaseTimeToLive:
+    """Decode the LeaseTimeToLiveResponse for `lease`; TTL -1 says that it does not exist."""
+    message = _parsed("LeaseTimeToLiveResponse", answer)
+    _same_lease(message.ID, lease)
+    return LeaseTimeToLive(lease, message.TTL, message.grantedTTL, tuple(message.keys), message.header.revision)
+
+
+def decode_lease_list(answer: bytes) -> tuple[int, ...]:
+    """Decode a LeaseLeasesResponse."""
+    return tuple(lease.ID for lease in _parsed("LeaseLeasesResponse", answer).leases)
+
+
+def decode_status(answer: bytes) -> Status:
+    """Decode a StatusResponse."""
+    message = _parsed("StatusResponse", answer)
+    return Status(
+        version=message.version,
+        member=message.header.member_id,
+        leader=message.leader,
+        revision=message.header.revision,
+        raft_term=message.raftTerm,
+        raft_index=message.raftIndex,
+        db_size_bytes=message.dbSize,
+        is_learner=message.isLearner,
+        errors=tuple(message.errors),
+        cluster=message.header.cluster_id,
+    )
+
+
+def decode_watch(answer: bytes) -> tuple[int, WatchResponse]:
+    """Decode a WatchResponse: the id of the watch that it is about, and what it says."""
+    message = _parsed("WatchResponse", answer)
+    return message.watch_id, WatchResponse(
+        revision=message.header.revision,
+        events=tuple(_event(event) for event in message.events),
+        created=message.created,
+        canceled=message.canceled,
+        compact_revision=message.compact_revision,
+        reason=message.cancel_reason,
+        fragment=message.fragment,
+    )
+
+
+def _parsed(name: str, answer: bytes) -> Any:
+    try:
+        return MESSAGES[name].FromString(answer)
+    except DecodeError as error:
+        raise InvalidAnswerError(f"the answer is no {name}: {len(answer)} bytes that do not decode") from error
+
+
+def _revision(message: Any) -> int:
+    # etcd: a store starts at revision 1, so 0 means that the header is missing.
+    if message.header.revision <= 0:
+        raise InvalidAnswerError(f"the {message.DESCRIPTOR.name} carries no revision")
+    return message.header.revision
+
+
+def _same_lease(answered: int, asked: int) -> None:
+    if answered != asked:
+        raise InvalidAnswerError(f"asked about lease {asked:x}, answered about {answered:x}")
+
+
+def _kv(message: Any) -> KeyValue:
+    return KeyValue(
+        message.key,
+        message.value,
+        message.create_revision,
+        message.mod_revision,
+        message.version,
+        message.lease,
+    )
+
+
+def _event(message: Any) -> Event:
+    if message.type not in {EventKind.PUT, EventKind.DELETE} or message.kv.mod_revision <= 0:
+        raise InvalidAnswerError(f"an event of kind {message.type} at revision {message.kv.mod_revision}")
+    prev_kv = _kv(message.prev_kv) if message.HasField("prev_kv") else None
+    return Event(EventKind(message.type), _kv(message.kv), prev_kv)
+
+
+def _range_result(message: Any, revision: int) -> RangeResult:
+    return RangeResult(tuple(_kv(kv) for kv in message.kvs), message.count, message.more, revision)
+
+
+def _txn_result(message: Any, request: Txn, revision: int) -> TxnResult:
+    asked = request.success if message.succeeded else request.failure
+    if len(message.responses) != len(asked):
+        raise InvalidAnswerError(f"a Txn of {len(asked)} operations was answered by {len(message.responses)}")
+    results = tuple(_op_result(answer, op) for answer, op in zip(message.responses, asked, strict=True))
+    return TxnResult(message.succeeded, results, revision)
+
+
+def _op_result(message: Any, op: Op) -> OpResult:
+    kind = message.WhichOneof("response")
+    match op, kind:
+        case Put(), "response_put":
+            put = message.response_put
+            return PutResult(_kv(put.prev_kv) if put.HasField("prev_kv") else None)
+        case Range(), "response_range":
+            return _range_result(message.response_range, 0)
+        case DeleteRange(), "response_delete_range":
+            deleted = message.response_delete_range
+            return DeleteRangeResult(deleted.deleted, tuple(_kv(kv) for kv in deleted.prev_kvs))
+        case Txn(), "response_txn":
+            return _txn_result(message.response_txn, op, 0)
+        case _:
+            raise InvalidAnswerError(f"a {type(op).__name__} was answered by {kind}")
