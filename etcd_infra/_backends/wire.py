@@ -39,6 +39,10 @@ from etcd_infra.errors import InvalidAnswerError
 if TYPE_CHECKING:
     from etcd_infra._etcd.model import Op, OpResult
 
+# etcd: with this header a member that has lost its leader says so at once instead of after seven seconds, and
+# ends streams after 3.5 s; without it a watch on a cut-off member is silent for ever.
+HAS_LEADER: Final = (("hasleader", "true"),)
+
 _ASCENDING: Final = 1
 _DESCENDING: Final = 2
 _NO_PUT: Final = 0
