@@ -1,0 +1,386 @@
+"""
+An etcd inside this process, on Trio's clock.
+
+`MemoryEtcd` starts nothing: no task, no thread, no timer. A lease that runs out is noticed by the next call,
+or by a blocked `receive()`, which sleeps no longer than until the next lease is due. Under a mock clock all
+of it is virtual time.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from enum import Enum, auto
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+
+from etcd_infra._backends.memory_store import Store
+from etcd_infra._backends.watch_cursor import WatchCursor
+from etcd_infra._etcd.backend import Backend, WatchStream
+from etcd_infra._etcd.model import Status, WatchRequest
+from etcd_infra.errors import EtcdError, OutcomeUnknownError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from etcd_infra._backends.memory_watch import Watcher
+    from etcd_infra._etcd.model import (
+        KeyRange,
+        LeaseGrant,
+        LeaseRenewal,
+        LeaseTimeToLive,
+        Range,
+        RangeResult,
+        Txn,
+        TxnResult,
+        WatchBatch,
+    )
+
+T = TypeVar("T")
+
+CALL_TIMEOUT: Final = 5.0
+_VERSION: Final = "3.5.30"
+_MEMBER: Final = 0x8E9E05C52164694D
+_CLUSTER: Final = 0xCDF818194E3A8C32
+
+
+class _Link(Enum):
+    """How one simulated process stands to etcd."""
+
+    UP = auto()
+    PARTITIONED = auto()
+    PAUSED = auto()
+    CRASHED = auto()
+
+
+class MemoryNode(Backend):
+    """
+    One simulated process's way to a `MemoryEtcd`; made by `MemoryEtcd.node`.
+
+    Every verb has two checkpoints: cancelled at the first it was not applied, at the second it was, and the
+    answer is lost.
+    """
+
+    def __init__(self, store: Store, nodes: list[MemoryNode], *, name: str, call_timeout: float) -> None:
+        self.name = name
+        self._store = store
+        self._nodes = nodes
+        self._nodes.append(self)
+        self._call_timeout = call_timeout
+        self._link = _Link.UP
+        self._link_changed = trio.Event()
+        # A dictionary as an ordered set: the order of wake-ups must not depend on addresses.
+        self._streams: dict[_MemoryWatch, None] = {}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self._link.name.lower()}>"
+
+    # ── faults ──────────────────────────────────────────────────────────────────────────────────
+
+    def partition(self) -> None:
+        """
+        Cut the way to etcd.
+
+        Calls, also those already applied, get no answer and end at their time-out; watches break.
+        """
+        self._set_link(_Link.PARTITIONED)
+        for stream in self._streams:
+            stream.cut()
+
+    def heal(self) -> None:
+        """
+        End a partition or a pause.
+
+        Calls that still wait go on; watches that broke are made anew at their next `receive`.
+        """
+        self._set_link(_Link.UP)
+
+    def pause(self) -> None:
+        """Stop the process as by SIGSTOP: until `heal` it sends and notices nothing, not even time-outs."""
+        self._set_link(_Link.PAUSED)
+
+    def crash(self) -> None:
+        """End the process as by SIGKILL: its calls never return, and only a cancellation ends them."""
+        for stream in self._streams:
+            stream.cut()
+        self._set_link(_Link.CRASHED)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether `crash` was called; that is for good."""
+        return self._link is _Link.CRASHED
+
+    def _set_link(self, link: _Link) -> None:
+        if not self.crashed:
+            self._link = link
+            changed, self._link_changed = self._link_changed, trio.Event()
+            changed.set()
+            self._wake_streams()
+
+    def _wake_streams(self) -> None:
+        for stream in self._streams:
+            stream.wake()
+
+    async def _reach(self, deadline: float) -> bool:
+        """Wait for the way to etcd; False if it was still cut at `deadline`."""
+        while self._link is not _Link.UP:
+            if self._link is not _Link.PARTITIONED:
+                await self._link_changed.wait()
+                continue
+            with trio.move_on_at(deadline) as waiting:
+                await self._link_changed.wait()
+            if waiting.cancelled_caught:
+                return False
+        return True
+
+    async def _call(
+        self,
+        apply: Callable[[float], T],
+        unanswered: Callable[[], EtcdError],
+    ) -> T:
+        deadline = trio.current_time() + self._call_timeout
+        await trio.lowlevel.checkpoint()
+        if not await self._reach(deadline):
+            raise unanswered()
+        try:
+            answer = apply(trio.current_time())
+        except EtcdError:
+            await self._answered(deadline, unanswered)  # a refusal takes the same way back
+            raise
+        await self._answered(deadline, unanswered)
+        return answer
+
+    async def _answered(self, deadline: float, unanswered: Callable[[], EtcdError]) -> None:
+        await trio.lowlevel.checkpoint()
+        if not await self._reach(deadline):
+            raise unanswered()
+
+    async def _read(self, apply: Callable[[float], T]) -> T:
+        return await self._call(
+            apply,
+            lambda: UnavailableError(f"no answer from etcd within {self._call_timeout} s"),
+        )
+
+    async def _write(self, summary: str, apply: Callable[[float], T], keys: tuple[bytes, ...] = ()) -> T:
+        return await self._call(apply, lambda: OutcomeUnknownError(summary, keys))
+
+    # ── the verbs ───────────────────────────────────────────────────────────────────────────────
+
+    async def range(self, request: Range, /) -> RangeResult:
+        """Read keys."""
+        return await self._read(partial(self._store.range, request))
+
+    async def txn(self, request: Txn, /) -> TxnResult:
+        """Evaluate the compares and apply one branch."""
+        apply = partial(self._store.txn, request)
+        if request.is_read_only:
+            return await self._read(apply)
+        return await self._write("a transaction", apply, request.written_keys)
+
+    def watch(  # noqa: PLR0913
+        self,
+        range: KeyRange,  # noqa: A002
+        /,
+        *,
+        start_revision: int = 0,
+        prev_kv: bool = False,
+        no_put: bool = False,
+        no_delete: bool = False,
+        progress_notify: bool = False,
+        coordination: bool = False,
+    ) -> AbstractAsyncContextManager[WatchStream]:
+        """Watch keys."""
+        request = WatchRequest(range, start_revision, prev_kv, no_put, no_delete, progress_notify)
+        return self._open_watch(WatchCursor(request, from_now=coordination))
+
+    @asynccontextmanager
+    async def _open_watch(self, cursor: WatchCursor) -> AsyncGenerator[WatchStream]:
+        stream = _MemoryWatch(self, cursor)
+        self._streams[stream] = None
+        try:
+            await stream.open()
+            yield stream
+        finally:
+            del self._streams[stream]
+            stream.cut()
+
+    async def compact(self, revision: int, /) -> int:
+        """Forget the history before `revision`."""
+        return await self._read(partial(self._store.compact, revision))
+
+    async def lease_grant(self, ttl: int, /, *, lease: int = 0) -> LeaseGrant:
+        """Grant a lease."""
+        return await self._write("a lease grant", partial(self._grant, ttl, lease))
+
+    def _grant(self, ttl: int, lease: int, now: float) -> LeaseGrant:
+        before = self._store.next_deadline
+        granted = self._store.lease_grant(ttl, lease, now)
+        if self._store.next_deadline != before:
+            # Race: who sleeps until the lease that was due first must now wake up earlier.
+            for node in self._nodes:
+                node._wake_streams()  # noqa: SLF001
+        return granted
+
+    async def lease_keep_alive(self, lease: int, /) -> LeaseRenewal:
+        """Renew a lease."""
+        return await self._read(partial(self._store.lease_keep_alive, lease))
+
+    async def lease_revoke(self, lease: int, /) -> int:
+        """End a lease."""
+        return await self._write("a lease revoke", partial(self._store.lease_revoke, lease))
+
+    async def lease_time_to_live(self, lease: int, /, *, keys: bool = False) -> LeaseTimeToLive:
+        """Ask what is left of a lease."""
+        return await self._read(partial(self._store.lease_time_to_live, lease, keys=keys))
+
+    async def lease_list(self) -> tuple[int, ...]:
+        """List the ids of all leases."""
+        return await self._read(self._store.lease_list)
+
+    async def status(self) -> Status:
+        """Describe the one simulated member."""
+        return await self._read(self._status)
+
+    def _status(self, now: float) -> Status:
+        self._store.advance(now)
+        alarms = (f"memberID:{_MEMBER} alarm:NOSPACE ",) if self._store.full else ()
+        return Status(
+            version=_VERSION,
+            member=_MEMBER,
+            leader=_MEMBER,
+            revision=self._store.revision,
+            raft_term=2,
+            raft_index=3 + self._store.revision,
+            errors=alarms,
+            cluster=_CLUSTER,
+        )
+
+    # ── for this module's watches ───────────────────────────────────────────────────────────────
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests get through at present."""
+        return self._link is _Link.UP
+
+    def start_watcher(self, request: WatchRequest) -> Watcher:
+        """Create a watch in the store."""
+        return self._store.watch(request, trio.current_time())
+
+    def advance(self) -> None:
+        """Let the leases run out that are due by now."""
+        self._store.advance(trio.current_time())
+
+    @property
+    def next_deadline(self) -> float:
+        """When the next lease is due."""
+        deadline = self._store.next_deadline
+        return inf if deadline is None else deadline
+
+
+class MemoryEtcd(MemoryNode):
+    """
+    An etcd inside this process: a backend by itself, and the store behind any number of `node`s.
+
+    Args:
+        min_ttl: Seconds; the TTL that shorter ones are raised to (a real etcd's default is 2).
+        call_timeout: Seconds after which a call that a partition swallowed ends.
+        progress_interval: Seconds between progress notifications.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_ttl: int = 2,
+        call_timeout: float = CALL_TIMEOUT,
+        progress_interval: float = 600.0,
+        store: Store | None = None,
+    ) -> None:
+        self.store = store or Store(min_ttl=min_ttl, progress_seconds=progress_interval)
+        self._by_name: dict[str, MemoryNode] = {}
+        super().__init__(self.store, [], name="", call_timeout=call_timeout)
+
+    def node(self, name: str, *, call_timeout: float | None = None) -> MemoryNode:
+        """
+        Return the backend of the simulated process `name`.
+
+        The same name gives the same node, until it crashed: then it is a new process.
+        """
+        node = self._by_name.get(name)
+        if node is None or node.crashed:
+            timeout = self._call_timeout if call_timeout is None else call_timeout
+            node = MemoryNode(self.store, self._nodes, name=name, call_timeout=timeout)
+            self._by_name[name] = node
+        return node
+
+
+class _MemoryWatch(WatchStream):
+    """One watch of one node; it pulls from the store's history, so a slow consumer costs no memory."""
+
+    def __init__(self, node: MemoryNode, cursor: WatchCursor) -> None:
+        self.created_revision = 0
+        self._node = node
+        self._cursor = cursor
+        self._watcher: Watcher | None = None
+        self._woken = trio.Event()
+        self._failure: EtcdError | None = None
+
+    async def open(self) -> None:
+        """Wait until the watch is created for the first time."""
+        await trio.lowlevel.checkpoint()
+        while self._poll() is None:
+            await self._sleep()
+        await trio.lowlevel.checkpoint()
+
+    async def receive(self) -> WatchBatch:
+        await trio.lowlevel.checkpoint()
+        # Invariant: no checkpoint between taking a batch and returning it, so a cancellation loses nothing.
+        while (batch := self._poll()) is None:
+            await self._sleep()
+        return batch
+
+    def cut(self) -> None:
+        """Break the watch; the next poll that gets through makes it anew."""
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
+
+    def wake(self) -> None:
+        """Let a sleeping `receive` look again."""
+        self._woken.set()
+
+    def _poll(self) -> WatchBatch | None:
+        if self._failure is not None:
+            raise self._failure
+        if not self._node.is_up:
+            return None
+        self._node.advance()
+        if self._watcher is None:
+            self._watcher = self._node.start_watcher(self._cursor.request())
+            self._watcher.notify = self.wake
+        while (response := self._watcher.poll(trio.current_time())) is not None:
+            try:
+                batch = self._cursor.feed(response)
+            except EtcdError as error:
+                self.cut()
+                self._failure = error
+                raise
+            if response.created:
+                self.created_revision = response.revision
+            if batch is not None:
+                return batch
+        return None
+
+    async def _sleep(self) -> None:
+        self._woken = trio.Event()
+        with trio.move_on_at(self._next_reason()):
+            await self._woken.wait()
+
+    def _next_reason(self) -> float:
+        """Say when something happens by time alone."""
+        if not self._node.is_up or self._watcher is None:
+            return inf
+        progress = self._watcher.next_progress
+        return min(self._node.next_deadline, inf if progress is None else progress)
