@@ -1,0 +1,1 @@
+"""An etcd-native coordination toolkit for Python services on Trio."""

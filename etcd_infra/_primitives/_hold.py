@@ -1,0 +1,270 @@
+"""What is held: its fence, how long it is proven, how it ends. Shared by all lock-like primitives."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import asynccontextmanager, contextmanager, suppress
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import trio
+
+from etcd_infra._session.keepalive import CLEAN_UP_SECONDS, LivingLease
+from etcd_infra._session.session import revoke_definitely
+from etcd_infra.errors import EtcdError, LockLostError, NotHeldError, SessionLostError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from etcd_infra._primitives._waitqueue import Place
+    from etcd_infra._primitives.fence import Fence
+    from etcd_infra._session.session import Session
+
+logger = logging.getLogger("etcd_infra.lock")
+
+
+class LockStatus(StrEnum):
+    """
+    Where a hold stands.
+
+    ACQUIRED: held. RELEASED: given back by us. EXPIRED: the own deadline passed, or the lease died. FENCED:
+    the key is gone under a living lease. FAILED: acquiring ended in an error.
+    """
+
+    ACQUIRED = "acquired"
+    RELEASED = "released"
+    EXPIRED = "expired"
+    FENCED = "fenced"
+    FAILED = "failed"
+
+
+class OwnLease:
+    """A lease of one hold, kept alive in the session's background until `stop`."""
+
+    def __init__(self, session: Session, lease: LivingLease) -> None:
+        self._session = session
+        self._scope = trio.CancelScope()
+        self.lease = lease
+        session.start_soon(self._keep_alive)
+
+    async def _keep_alive(self) -> None:
+        with self._scope:
+            await self.lease.keep_alive()
+
+    def stop(self) -> None:
+        """Renew no more; the lease runs out by itself."""
+        self._scope.cancel()
+
+    async def end(self) -> None:
+        """Revoke, shielded, in two seconds at most; what is left then, the janitor does."""
+        self.stop()
+        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+            with suppress(EtcdError):
+                await self._revoke()
+                return
+        self._session.janitor.take_over(self._revoke)
+
+    async def _revoke(self) -> None:
+        await revoke_definitely(self._session.backend, self.lease.id)
+
+
+class Hold:
+    """
+    One acquisition, from being granted to its end.
+
+    Attributes:
+        fence: The proof to put into writes; worthless once the hold has ended.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        session: Session,
+        place: Place,
+        fence: Fence,
+        *,
+        own: OwnLease | None,
+        forget: Callable[[], object],
+    ) -> None:
+        self.fence = fence
+        self._session = session
+        self._place = place
+        self._own = own
+        self._forget = forget
+        self._lease = own.lease if own else session.lease
+        self._key_gone = False
+        self._released = False
+        self._scopes: set[trio.CancelScope] = set()
+        self._overdue: Callable[[Exception], None] | None = None
+        self._guarded = place.watch.guard(place.key, place.token, self._on_key_gone)
+
+    def __repr__(self) -> str:
+        return f"<Hold {self.fence.resource!r} token={self.token} {self.status}>"
+
+    @property
+    def token(self) -> int:
+        """The fencing token: larger than every earlier owner's."""
+        return self.fence.token
+
+    @property
+    def status(self) -> LockStatus:
+        """Where the hold stands, by what this process knows at this moment."""
+        if self._released:
+            return LockStatus.RELEASED
+        if self._lease.is_lost() or self._session.lease.is_lost():
+            return LockStatus.EXPIRED
+        return LockStatus.FENCED if self._key_gone else LockStatus.ACQUIRED
+
+    def remaining(self) -> float:
+        """Seconds for which the hold is proven to last; 0 when it has ended."""
+        if self.status is not LockStatus.ACQUIRED:
+            return 0.0
+        return min(self._lease.remaining(), self._session.lease.remaining())
+
+    def check(self) -> None:
+        """
+        Do nothing while it is held.
+
+        Raises:
+            LockLostError: it was taken away.
+            NotHeldError: it was released.
+        """
+        status = self.status
+        if status is LockStatus.RELEASED:
+            msg = f"{self.fence.resource!r} (token {self.token}) was released already"
+            raise NotHeldError(msg)
+        if status is not LockStatus.ACQUIRED:
+            raise self._loss(status)
+
+    async def extend(self) -> float:
+        """
+        Renew to the full TTL now, and make sure that the key is still there; never revives.
+
+        Returns:
+            Seconds for which it is proven to last now.
+
+        Raises:
+            LockLostError: it was taken away.
+            NotHeldError: it was released.
+            EtcdError: no answer; the hold lasts as long as it did.
+
+        Cancellation:
+            The lease may have been renewed.
+
+        Round trips:
+            Two.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.check()
+        with suppress(SessionLostError):
+            await self._lease.renew()
+        found = await self._session.backend.get(self._place.key)
+        if found is None or found.create_revision != self.token:
+            self._on_key_gone()
+        self.check()
+        return self.remaining()
+
+    async def release(self) -> None:
+        """
+        Give it back; the next in line is woken.
+
+        Raises:
+            LockLostError: it was taken away before.
+            NotHeldError: it was released already.
+
+        Cancellation:
+            It is released all the same: within two seconds, or by the session's janitor.
+
+        Round trips:
+            One; a lock with a lease of its own: two.
+        """
+        if self._released:
+            self.check()
+        loss = await self.finish()
+        if loss is not None:
+            raise loss
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    # ── for the primitives ──────────────────────────────────────────────────────────────────────
+
+    @asynccontextmanager
+    async def scope(self) -> AsyncIterator[Hold]:
+        """Run a body that is cancelled when the hold is lost, and give the hold back afterwards."""
+        try:
+            with self.tied():
+                yield self
+        except BaseException as error:
+            loss = await self.finish()
+            if loss is not None:
+                error.add_note(f"and it was lost: {loss}")
+            raise
+        loss = await self.finish()
+        if loss is not None:
+            raise loss
+
+    @contextmanager
+    def tied(self) -> Iterator[None]:
+        """Open a cancel scope that ends with the hold."""
+        with self._session.tether(self._lease) as tether:
+            self._scopes.add(tether.scope)
+            if self.status is not LockStatus.ACQUIRED:
+                tether.scope.cancel()
+            try:
+                yield
+            finally:
+                self._scopes.discard(tether.scope)
+
+    def report_overdue(self, callback: Callable[[Hold, Exception], object]) -> None:
+        """Call `callback` when a renewal of the hold's lease is overdue."""
+
+        def overdue(error: Exception) -> None:
+            try:
+                callback(self, error)
+            except Exception:
+                logger.exception("on_renewal_failure of %r failed", self)
+
+        self._overdue = overdue
+        self._lease.on_overdue.append(overdue)
+
+    async def finish(self) -> LockLostError | None:
+        """Leave the line; return the loss if the hold was lost before (then nothing else was given back)."""
+        self._guarded.forget()
+        if self._overdue is not None:
+            self._lease.on_overdue.remove(self._overdue)
+            self._overdue = None
+        status = self.status
+        if status is LockStatus.RELEASED:
+            return None
+        self._released = status is LockStatus.ACQUIRED
+        self._forget()
+        try:
+            there = await self._place.leave()
+        finally:
+            if self._own is not None:
+                await self._own.end()
+        if self._released and there is False:
+            # The key was gone before we let go of it: somebody deleted it, or our lease.
+            self._released, self._key_gone = False, True
+        if self._released:
+            self._session.tally.lock_releases += 1
+            return None
+        await self._find_out_why()
+        return self._loss(self.status)
+
+    async def _find_out_why(self) -> None:
+        # A deleted key may be an operator's doing, or the lease's end: only etcd can tell which.
+        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True), suppress(EtcdError, SessionLostError):
+            if not self._lease.is_lost() and self._own is None:
+                await self._lease.renew()
+
+    def _on_key_gone(self) -> None:
+        self._key_gone = True
+        self._lease.examine()
+        for scope in tuple(self._scopes):
+            scope.cancel()
+
+    def _loss(self, status: LockStatus) -> LockLostError:
+        reasons = {
+            LockStatus.EXPIRED: f"its lease is lost: {self._lease.error or self._session.lease.error}",
+            LockStatus.FENCED: "its key was deleted under a living lease",
+        }
+        return LockLostError(f"{self.fence.resource!r} (token {self.token}): {reasons[status]}")

@@ -1,0 +1,301 @@
+"""
+A lock that is held by one task of one process at a time, first come, first served.
+
+Keys
+    ``{ns}lock/{name}/{lease}-{n}``  a place in line, on the session's lease (or one of its own); JSON who
+                                     and since when, for people only.
+
+Algorithm
+    1. Join the line (see `_waitqueue`): alone in it, the lock is held after one round trip.
+    2. Otherwise wait for the one directly ahead, by one shared watch.
+    3. While held: the lease's proof of life moves the deadline of the body's cancel scope, and from a
+       quarter of a second on the key itself is watched: a lease clock is never proof of holding.
+    4. Release: ``[created(mine)==token] → [delete mine]``.
+
+Guarantees
+    Tokens grow strictly from owner to owner. A write that carries ``hold.fence`` in its Txn is applied only
+    while the lock is held, whoever was paused for how long. Losing the lock cancels the body.
+
+Does not guarantee
+    That nobody else *acts* while this process believes that it holds the lock: a process may be paused
+    between a check and an act. That is what the fence is for. Between an operator's (or a faulty
+    server's) deletion of the key and its report, both may run.
+
+Source
+    etcd ``client/v3/concurrency/mutex.go``; M. Kleppmann, "How to do distributed locking" (fencing). The
+    layout is Go's, so ``etcdctl lock`` waits in the same line; ``-{n}`` lets tasks of one session exclude
+    each other. Go unlocks by name, and its waiters have no generation: a late copy of a Go client's put
+    may block the line until its session ends.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from etcd_infra._etcd.model import Compare, KeyRange, Range, SortTarget, Txn
+from etcd_infra._primitives._hold import Hold, LockStatus, OwnLease
+from etcd_infra._primitives._waitqueue import Place
+from etcd_infra._primitives.fence import Fence
+from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
+from etcd_infra._session.session import grant
+from etcd_infra._session.ttl import check_ttl
+from etcd_infra.errors import FencedError, LockLostError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from etcd_infra._etcd.keys import Keys
+    from etcd_infra._session.current import SessionSource
+    from etcd_infra._session.session import Session
+
+
+class Renewal(StrEnum):
+    """AUTO: kept alive until released. MANUAL: nobody renews it but `Hold.extend`."""
+
+    AUTO = "auto"
+    MANUAL = "manual"
+
+
+class Lock:
+    """
+    A lock's name; every acquisition is a `Hold` of its own.
+
+    ``async with lock as hold:`` waits for its turn, cancels the body if the lock is lost, and releases it at
+    the end. Two tasks that use one `Lock` exclude each other; the same task twice is a `RuntimeError`.
+
+    Args:
+        sessions: A session, or what replaces it when it is lost.
+        keys: The namespace's key layout.
+        name: Non-empty, at most 512 bytes.
+        ttl: Whole seconds, at least 1: a lease of its own (one more round trip each to acquire and to
+            release); None: the session's lease.
+        renewal: MANUAL: a lease of its own that nobody keeps alive once the lock is held.
+        on_renewal_failure: Called with the hold and the error when a renewal is overdue, once until it
+            succeeds again. It must not block; what it raises is logged.
+
+    Attributes:
+        status: Where the latest acquisition through this object stands; None before the first.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        sessions: SessionSource,
+        keys: Keys,
+        name: str,
+        *,
+        ttl: int | None = None,
+        renewal: Renewal = Renewal.AUTO,
+        on_renewal_failure: Callable[[Hold, Exception], object] | None = None,
+    ) -> None:
+        self.name = name
+        self._sessions = sessions
+        self._keys = keys
+        self._line = keys.lock_line(name)
+        self._ttl = None if ttl is None else check_ttl(ttl)
+        self._renewal = Renewal(renewal)
+        self._on_renewal_failure = on_renewal_failure
+        self._scopes: dict[trio.lowlevel.Task, AbstractAsyncContextManager[Hold]] = {}
+        self._latest: Hold | None = None
+        self._failed = False
+
+    def __repr__(self) -> str:
+        return f"<Lock {self.name!r}>"
+
+    @property
+    def status(self) -> LockStatus | None:
+        """Where the latest acquisition through this object stands."""
+        if self._failed:
+            return LockStatus.FAILED
+        return self._latest.status if self._latest else None
+
+    # ── acquiring ───────────────────────────────────────────────────────────────────────────────
+
+    async def acquire(self) -> Hold:
+        """
+        Wait until the lock is held, oldest request first.
+
+        The hold is the caller's to release; nothing is cancelled when it is lost: use `Hold.check`.
+
+        Raises:
+            RuntimeError: this task holds it, or waits for it, already.
+            SessionLostError: the session was lost meanwhile; the place in line goes with it.
+            LockLostError: somebody deleted the place in line.
+            StorageFullError, AccessDeniedError: etcd refuses.
+
+        Cancellation:
+            Leaves the line within two seconds; what is left, the session's janitor does.
+
+        Round trips:
+            One if free; otherwise two, plus one per predecessor seen. With a lease of its own one more,
+            and one more still if it is MANUAL and had to wait.
+        """
+        hold = await self._acquire(wait=True)
+        assert hold is not None
+        return hold
+
+    @asynccontextmanager
+    async def attempt(self) -> AsyncIterator[Hold | None]:
+        """
+        Hold the lock for the body if nobody is in line, else run the body with None; never wait.
+
+        Raises, Cancellation:
+            As ``async with lock``. After None nothing of the attempt is left, nor will it come back.
+
+        Round trips:
+            One, and one to release.
+        """
+        hold = await self._acquire(wait=False)
+        if hold is None:
+            yield None
+            return
+        async with hold.scope():
+            yield hold
+
+    async def __aenter__(self) -> Hold:
+        scope = (await self.acquire()).scope()
+        self._scopes[trio.lowlevel.current_task()] = scope
+        return await scope.__aenter__()
+
+    async def __aexit__(self, *exc_info: object) -> bool | None:
+        scope = self._scopes.pop(trio.lowlevel.current_task())
+        return await scope.__aexit__(*exc_info)  # type: ignore[arg-type]
+
+    async def _acquire(self, *, wait: bool) -> Hold | None:
+        session = await self._sessions.current()
+        owner = (self._line, trio.lowlevel.current_task())
+        if owner in session.owners:
+            msg = f"this task holds {self!r}, or waits for it, already"
+            raise RuntimeError(msg)
+        session.owners[owner] = self
+        hold: Hold | None = None
+        try:
+            with session.tether():
+                hold = await self._take(session, lambda: session.owners.pop(owner, None), wait=wait)
+                self._latest, self._failed = hold or self._latest, False
+                return hold
+            session.check()
+            return None
+        except Exception:
+            self._failed = True
+            raise
+        finally:
+            if hold is None:
+                session.owners.pop(owner, None)
+
+    async def _take(self, session: Session, forget: Callable[[], object], *, wait: bool) -> Hold | None:
+        own: OwnLease | None = None
+        watch = session.key_watch(self._keys.locks)
+        if self._ttl is not None or self._renewal is Renewal.MANUAL:
+            ttl = self._ttl or session.lease.ttl
+            own = OwnLease(session, await grant(session.backend, session.clock, session.random, ttl=ttl))
+        who = {"node": session.node_id, "since": session.clock.wall()}
+        place = Place(session, watch, self._line, msgspec.json.encode(who), own.lease if own else None)
+        try:
+            if not await self._come_first(session, place, wait=wait):
+                if own:
+                    await own.end()
+                return None
+            if own and self._renewal is Renewal.MANUAL:
+                own.stop()
+                if place.waited:
+                    await own.lease.renew()
+        except BaseException:
+            await place.leave()
+            if own:
+                await own.end()
+            raise
+        return self._granted(session, place, own, forget)
+
+    async def _come_first(self, session: Session, place: Place, *, wait: bool) -> bool:
+        mine = await (place.join() if wait else place.try_join())
+        if not mine:
+            session.tally.lock_conflicts += 1
+        if wait and not mine:
+            await place.wait_first()
+        return mine or wait
+
+    def _granted(
+        self, session: Session, place: Place, own: OwnLease | None, forget: Callable[[], object]
+    ) -> Hold:
+        proof = (Compare.created_at(place.key, place.token),)
+        fence = Fence(self.name, place.token, session.epoch, proof)
+        hold = Hold(session, place, fence, own=own, forget=forget)
+        if self._on_renewal_failure is not None:
+            hold.report_overdue(self._on_renewal_failure)
+        session.tally.lock_acquisitions += 1
+        return hold
+
+    # ── looking ─────────────────────────────────────────────────────────────────────────────────
+
+    async def validate(self, fence: Fence) -> bool:
+        """
+        Ask whether `fence` is still the owner's: a check, never a guard (put the proof into the write).
+
+        Round trips:
+            One.
+        """
+        session = await self._sessions.current()
+        return (await session.backend.txn(Txn(compare=fence.proof))).succeeded
+
+    async def current_token(self) -> int | None:
+        """
+        Ask for the owner's token; None if nobody is in line. A check, never a guard.
+
+        Round trips:
+            One.
+        """
+        session = await self._sessions.current()
+        line = KeyRange.prefix(self._line)
+        oldest = Range(line, sort_by=SortTarget.CREATE, keys_only=True, limit=1)
+        kvs = (await session.backend.range(oldest)).kvs
+        return kvs[0].create_revision if kvs else None
+
+    @asynccontextmanager
+    async def fenced(self, fence: Fence) -> AsyncIterator[None]:
+        """
+        Run a body that is cancelled when `fence`, perhaps another task's, stops being current.
+
+        Raises:
+            FencedError: it is not current on entering; the body did not run.
+            LockLostError: it stopped being current meanwhile, or can not be watched any more.
+
+        Round trips:
+            One.
+        """
+        if not await self.validate(fence):
+            msg = f"token {fence.token} of {fence.resource!r} is not the owner's any more"
+            raise FencedError(msg)
+        session = await self._sessions.current()
+        watch = session.key_watch(self._keys.locks)
+        stale = False
+        with session.tether() as tether:
+
+            def gone() -> None:
+                nonlocal stale
+                stale = True
+                tether.scope.cancel()
+
+            guarded = watch.guard(fence.proof[0].range.key, fence.token, gone)
+            try:
+                yield
+            finally:
+                watch.unguard(guarded)
+        if stale or tether.scope.cancelled_caught:
+            msg = f"token {fence.token} of {fence.resource!r} stopped being the owner's"
+            raise LockLostError(msg)
+
+    async def inspect(self) -> LockInfo:
+        """
+        Describe who holds the lock and who waits.
+
+        Round trips:
+            One, and one more for the holder's lease.
+        """
+        session = await self._sessions.current()
+        return await inspect_lock(session.backend, self._keys, self.name)

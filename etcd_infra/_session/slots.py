@@ -1,0 +1,236 @@
+"""
+Writer slots: each write to a shared key is applied at most once, whatever happens to its answer.
+
+A slot is a small key on the session's lease. A write compares the slot's mod revision and rewrites it in the
+same Txn, so it can be applied at most once, ever: re-sending is always safe, and the failure branch tells
+at once "mine, at revision r" or "not mine, and it never will be".
+
+A caller that was cancelled midway leaves its slot *dirty*, and nothing is ever sent for it again. The slot's
+next write settles both: its success proves that the old one never was applied and never will be. The
+janitor rewrites dirty slots that stay idle, so that no copy is in flight for long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from etcd_infra._etcd.model import Compare, KeyRange, OpResult, Put, Range, RangeResult, Txn, TxnResult
+from etcd_infra._policy.backoff import delay
+from etcd_infra.errors import (
+    EtcdError,
+    InvalidAnswerError,
+    LeaseNotFoundError,
+    OutcomeUnknownError,
+    SessionLostError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from etcd_infra._session.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWrite:
+    """
+    How a write ended, definitely.
+
+    Attributes:
+        applied: Whether it was applied, once.
+        revision: At which revision; for a refused write, the store's at the answer.
+        results: One per operation of the branch that was taken; empty when the answer of the copy that was
+            applied was lost.
+        note: What the write stored in its slot: with a lost answer, all that is known of it.
+    """
+
+    applied: bool
+    revision: int
+    results: tuple[OpResult, ...] = ()
+    note: bytes = b""
+
+
+@dataclass(slots=True)
+class Slot:
+    """
+    One slot.
+
+    Attributes:
+        revision: Its last known mod revision, the guard of the next write (0: not yet written).
+        dirty: A copy of some write that compares `revision` is without an answer.
+    """
+
+    key: bytes
+    revision: int = 0
+    dirty: bool = False
+
+    def moved_to(self, revision: int) -> None:
+        """Take in that it was rewritten: every copy with the old guard is dead."""
+        self.revision = revision
+        self.dirty = False
+
+
+@dataclass(slots=True)
+class _Write:
+    operation: bytes
+    request: Txn
+    note: bytes
+    unanswered: bool = False
+
+
+class Slots:
+    """The slots of a session: one per write in flight, reused."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._free: list[Slot] = []
+        self._count = 0
+        self._operations = 0
+
+    async def write(self, request: Txn, *, note: bytes = b"") -> SlotWrite:
+        """
+        Apply `request.success` if its compares hold, at most once; repeat until the outcome is definite.
+
+        Args:
+            request: What to write, and under which conditions; its failure branch may only read.
+            note: Kept in the slot, to be found when the answer is lost.
+
+        Raises:
+            SessionLostError: the session ended before the outcome was known; the write may be applied.
+            OutcomeUnknownError: somebody deleted the slot while an answer was missing.
+            EtcdError: etcd refuses the request; nothing was written.
+
+        Cancellation:
+            The write may be applied, or not, or may still be for a moment; the janitor settles it.
+
+        Round trips:
+            One; one more for each answer that was lost.
+        """
+        slot = self._free.pop() if self._free else self._new()
+        self._operations += 1
+        write = _Write(b"%d" % self._operations, request, note)
+        try:
+            with self._session.tether():
+                return await self._until_definite(slot, write)
+        finally:
+            self._put_back(slot)
+        raise SessionLostError(str(self._session.lease.error))
+
+    def _new(self) -> Slot:
+        slot = Slot(self._session.keys.slot(self._session.lease.id, self._count))
+        self._session.janitor.known_keys.add(slot.key)
+        self._count += 1
+        return slot
+
+    def _put_back(self, slot: Slot) -> None:
+        if slot.dirty:
+            self._session.janitor.take_over(lambda: self._settle(slot))
+        else:
+            self._free.append(slot)
+
+    async def _until_definite(self, slot: Slot, write: _Write) -> SlotWrite:
+        failures = 0
+        while True:
+            answer = await self._send(slot, self._guarded(slot, write), write)
+            if answer is None:
+                await trio.sleep(delay(failures, self._session.random.random()))
+                failures += 1
+            elif answer.succeeded:
+                slot.moved_to(answer.revision)
+                return SlotWrite(applied=True, revision=answer.revision, results=answer.results[:-1], note=write.note)
+            elif (outcome := await self._refused(slot, write, answer)) is not None:
+                return outcome
+
+    async def _refused(self, slot: Slot, write: _Write, answer: TxnResult) -> SlotWrite | None:
+        guard = slot.revision
+        outcome = self._moved(slot, write, answer)
+        if outcome is not None or slot.revision != guard:
+            return outcome
+        # The caller's own conditions failed. An earlier copy may still come and find them true: so the
+        # slot moves before anybody is told "no" (a refused copy was applied afterwards in 40 of 40 trials).
+        while write.unanswered:
+            settled = await self._send(slot, self._settling(slot), write)
+            if settled is None:
+                await trio.sleep(delay(0, self._session.random.random()))
+            elif settled.succeeded:
+                slot.moved_to(settled.revision)
+                write.unanswered = False
+            elif (outcome := self._moved(slot, write, settled)) is not None:
+                return outcome
+        return SlotWrite(applied=False, revision=answer.revision, results=answer.results[1:])
+
+    def _moved(self, slot: Slot, write: _Write, answer: TxnResult) -> SlotWrite | None:
+        """Look who moved the slot: `write` itself (then it was applied), or what was left in it before."""
+        revision = _revision_in(answer)
+        if revision == slot.revision:
+            return None
+        if not revision and write.unanswered:
+            raise OutcomeUnknownError(f"a write whose slot {slot.key!r} was deleted", write.request.written_keys)
+        if not revision:
+            slot.key = self._new().key
+        slot.moved_to(revision)
+        operation, _, note = _value_in(answer).partition(b" ")
+        if operation == write.operation:
+            return SlotWrite(applied=True, revision=revision, note=note)
+        write.unanswered = False
+        return None
+
+    async def _send(self, slot: Slot, request: Txn, write: _Write) -> TxnResult | None:
+        """Send one copy; None if it brought no answer."""
+        dirty, unanswered = slot.dirty, write.unanswered
+        slot.dirty = write.unanswered = True
+        try:
+            answer = await self._session.backend.txn(request)
+        except OutcomeUnknownError:
+            return None
+        except UnavailableError:
+            slot.dirty, write.unanswered = dirty, unanswered
+            return None
+        except LeaseNotFoundError:
+            slot.dirty = dirty
+            await self._session.lease.renew()
+            raise
+        except EtcdError:
+            slot.dirty = dirty
+            raise
+        slot.dirty, write.unanswered = dirty, unanswered
+        return answer
+
+    def _guarded(self, slot: Slot, write: _Write) -> Txn:
+        mark = Put(slot.key, write.operation + b" " + write.note, lease=self._session.lease.id)
+        return Txn(
+            (Compare.modified_at(slot.key, slot.revision), *write.request.compare),
+            (*write.request.success, mark),
+            (Range(KeyRange.one(slot.key)), *write.request.failure),
+        )
+
+    def _settling(self, slot: Slot) -> Txn:
+        return Txn(
+            (Compare.modified_at(slot.key, slot.revision),),
+            (Put(slot.key, b"settled", lease=self._session.lease.id),),
+            (Range(KeyRange.one(slot.key)),),
+        )
+
+    async def _settle(self, slot: Slot) -> None:
+        answer = await self._session.backend.txn(self._settling(slot))
+        slot.moved_to(answer.revision if answer.succeeded else _revision_in(answer))
+        self._free.append(slot)
+
+
+def _slot_in(answer: TxnResult) -> RangeResult:
+    found = answer.results[0]
+    if not isinstance(found, RangeResult):
+        msg = f"an unexpected answer for a slot: {answer}"
+        raise InvalidAnswerError(msg)
+    return found
+
+
+def _revision_in(answer: TxnResult) -> int:
+    found = _slot_in(answer)
+    return found.kvs[0].mod_revision if found.kvs else 0
+
+
+def _value_in(answer: TxnResult) -> bytes:
+    found = _slot_in(answer)
+    return found.kvs[0].value if found.kvs else b""

@@ -1,0 +1,14 @@
+"""What this coordinator has done, counted where it happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters that outlive single sessions."""
+
+    lock_acquisitions: int = 0
+    lock_releases: int = 0
+    lock_conflicts: int = 0

@@ -1,0 +1,234 @@
+"""The front door: one backend, one session, and a factory per primitive; no logic of its own."""
+
+from __future__ import annotations
+
+import os
+import random as random_module
+import socket
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from etcd_infra._etcd.backend import Backend
+from etcd_infra._etcd.keys import Keys
+from etcd_infra._primitives.lock import Lock, Renewal
+from etcd_infra._session.clock import Clock
+from etcd_infra._session.current import CurrentSession
+from etcd_infra._session.keepalive import SessionStatus
+from etcd_infra._session.scopes import open_background
+from etcd_infra._session.session import open_session
+from etcd_infra._session.tally import Tally
+from etcd_infra._session.ttl import check_ttl
+from etcd_infra._wrappers.observed import Observed
+from etcd_infra._wrappers.retrying import Retrying
+from etcd_infra.errors import SessionLostError
+from etcd_infra.inspector import Inspector
+from etcd_infra.metrics import Metrics, SyncMeter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from random import Random
+
+    from etcd_infra._etcd.calls import Call, Observer
+    from etcd_infra._primitives._hold import Hold
+    from etcd_infra._session.session import Session
+
+MEMORY_URL = "memory://"
+
+
+class Coordinator:
+    """
+    What a service holds in its hand; made by `open_coordinator`.
+
+    Losing the session ends what hangs on it, not this object: the next acquisition uses the next session.
+
+    Attributes:
+        node_id: This process's name among its peers.
+        namespace: Everything lives under it.
+        backend: The raw backend; keys are full keys.
+    """
+
+    def __init__(
+        self, backend: Backend, keys: Keys, sessions: CurrentSession, *, node_id: str, metrics: Metrics
+    ) -> None:
+        self.backend = backend
+        self.node_id = node_id
+        self.namespace = keys.namespace
+        self._keys = keys
+        self._sessions = sessions
+        self._metrics = metrics
+
+    def __repr__(self) -> str:
+        return f"<Coordinator {self.node_id!r} in {self.namespace!r}>"
+
+    @property
+    def session(self) -> Session:
+        """
+        The current session.
+
+        Raises:
+            SessionLostError: it was lost, and the next one is not open yet.
+        """
+        session = self._sessions.session
+        if session is None:
+            msg = "the session was lost, and the next one is not open yet"
+            raise SessionLostError(msg)
+        return session
+
+    def is_healthy(self) -> bool:
+        """Whether the session is proven to live and no renewal is overdue; local and free."""
+        session = self._sessions.session
+        return session is not None and session.status is SessionStatus.ALIVE
+
+    def metrics(self) -> dict[str, object]:
+        """What this coordinator has done so far; local and free. `docs/metrics.md` explains each field."""
+        return self._metrics.read(self._sessions.session)
+
+    async def inspect(self, kind: str, name: str | None = None) -> object:
+        """
+        Describe what is in etcd: "locks", "sessions", "leases" or "health".
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        return await Inspector(self.backend, self.namespace).inspect(kind, name)
+
+    def lock(
+        self,
+        name: str,
+        *,
+        ttl: int | None = None,
+        renewal: Renewal = Renewal.AUTO,
+        on_renewal_failure: Callable[[Hold, Exception], object] | None = None,
+    ) -> Lock:
+        """Return the lock `name`; see `Lock`."""
+        return Lock(
+            self._sessions,
+            self._keys,
+            name,
+            ttl=ttl,
+            renewal=renewal,
+            on_renewal_failure=on_renewal_failure,
+        )
+
+
+@asynccontextmanager
+async def open_coordinator(  # noqa: PLR0913
+    backend: Backend | str | Sequence[str] | None = None,
+    *,
+    namespace: str | None = None,
+    ttl: int = 30,
+    node_id: str | None = None,
+    observer: Observer | None = None,
+    random: Random | None = None,
+    boot_clock: Callable[[], float] | None = None,
+    **etcd_options: Any,
+) -> AsyncIterator[Coordinator]:
+    """
+    Open a coordinator; entering waits for the first session, under the caller's scope.
+
+    Args:
+        backend: A `Backend` (it stays open afterwards), etcd's URLs (one, several with commas, or a
+            sequence), ``memory://`` for a fresh store inside this process, or None: the environment's
+            ``ETCD_INFRA_ENDPOINTS``.
+        namespace: Everything lives under it; None: ``ETCD_INFRA_NAMESPACE``, or no prefix at all.
+        ttl: Whole seconds, at least 1: how long the session outlives its process. Below 10 a pause of
+            etcd's leader may cost the session.
+        node_id: This process's name; None: ``ETCD_INFRA_NODE_ID``, else ``POD_NAME`` or the host's name,
+            plus a random suffix.
+        observer: Is told of each call to etcd.
+        random: Source of lease ids and jitter; None: the operating system's.
+        boot_clock: Seconds that go on while the machine is suspended; for tests, `trio.current_time`.
+        etcd_options: Passed to `open_etcd`, for backends given as URLs.
+
+    Raises:
+        ValueError, TypeError: an argument is no good; nothing was sent.
+        StorageFullError, AccessDeniedError: etcd refuses a session.
+
+    Cancellation:
+        While entering and at the end: the session's lease is revoked, within two seconds.
+
+    Round trips:
+        Two to open, one to close.
+    """
+    environment = os.environ
+    keys = Keys(environment.get("ETCD_INFRA_NAMESPACE", "") if namespace is None else namespace)
+    check_ttl(ttl)
+    draws = random or random_module.SystemRandom()
+    name = node_id or environment.get("ETCD_INFRA_NODE_ID") or _default_node_id(environment, draws)
+    clock = Clock(boot_clock)
+    info = msgspec.json.encode({"node": name, "host": socket.gethostname(), "since": clock.wall()})
+    metrics = Metrics(name, Tally(), SyncMeter(clock))
+
+    def observe(call: Call) -> None:
+        metrics.sync.saw(call)
+        if observer is not None:
+            observer(call)
+
+    async with AsyncExitStack() as stack:
+        raw = await stack.enter_async_context(_open_backend(backend, environment, etcd_options))
+        observed = Observed(Retrying(raw, draws), observe)
+        sessions = CurrentSession(
+            lambda: open_session(
+                observed,
+                keys,
+                ttl=ttl,
+                node_id=name,
+                info=info,
+                clock=clock,
+                random=draws,
+                tally=metrics.tally,
+            ),
+            draws,
+        )
+        nursery = await stack.enter_async_context(open_background())
+        await nursery.start(sessions.run)
+        yield Coordinator(observed, keys, sessions, node_id=name, metrics=metrics)
+
+
+@asynccontextmanager
+async def _open_backend(
+    backend: Backend | str | Sequence[str] | None, environment: Mapping[str, str], options: dict[str, Any]
+) -> AsyncIterator[Backend]:
+    if isinstance(backend, Backend):
+        if options:
+            msg = f"options of open_etcd make no sense with an open backend: {sorted(options)}"
+            raise TypeError(msg)
+        yield backend
+        return
+    endpoints = environment.get("ETCD_INFRA_ENDPOINTS") if backend is None else backend
+    if not endpoints:
+        msg = "no etcd was named: pass a backend or a URL, or set ETCD_INFRA_ENDPOINTS"
+        raise ValueError(msg)
+    if endpoints == MEMORY_URL:
+        from etcd_infra._backends.memory import MemoryEtcd
+
+        yield MemoryEtcd()
+        return
+    from etcd_infra._backends.opening import open_etcd
+
+    async with open_etcd(endpoints, **(_environment_options(environment) | options)) as opened:
+        yield opened
+
+
+def _environment_options(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Read what is set of user, password, transport and TLS files."""
+    options: dict[str, Any] = {}
+    for option in ("username", "password", "transport"):
+        if value := environment.get(f"ETCD_INFRA_{option.upper()}"):
+            options[option] = value
+    files = {
+        field: environment.get(f"ETCD_INFRA_{variable}")
+        for field, variable in (("ca", "CACERT"), ("cert", "CERT"), ("key", "KEY"))
+    }
+    if any(files.values()):
+        from etcd_infra._backends.opening import TlsConfig
+
+        options["tls"] = TlsConfig(**files)
+    return options
+
+
+def _default_node_id(environment: Mapping[str, str], random: Random) -> str:
+    host = environment.get("POD_NAME") or socket.gethostname()
+    return f"{host}-{random.getrandbits(32):08x}"

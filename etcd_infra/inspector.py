@@ -1,0 +1,178 @@
+"""Reads what is in etcd and describes it; opens no session and writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from etcd_infra._etcd.keys import Keys
+from etcd_infra._etcd.model import KeyRange, Range
+from etcd_infra._primitives.lock_info import LockInfo, inspect_lock, inspect_locks
+from etcd_infra.errors import EtcdError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from etcd_infra._etcd.backend import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """
+    One session.
+
+    Attributes:
+        node_id: Whose it is.
+        host: Where that process said it runs.
+        lease: In hex, as in its keys.
+        generation: Mod revision of its key.
+        ttl: Whole seconds left, as the server says.
+        started_at: Unix seconds by its own clock.
+    """
+
+    node_id: str
+    host: str | None
+    lease: str
+    generation: int
+    ttl: int
+    started_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseInfo:
+    """One lease of the whole store: seconds left and granted, and the keys that hang on it."""
+
+    lease: str
+    ttl: int
+    granted_ttl: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthInfo:
+    """
+    Whether etcd serves linearizable reads, and what the member that was asked says of itself.
+
+    Attributes:
+        healthy: A linearizable read was answered.
+        latency: Seconds it took.
+        error: Why it was not.
+    """
+
+    healthy: bool
+    latency: float
+    revision: int = 0
+    version: str = ""
+    member: str = ""
+    is_leader: bool = False
+    has_leader: bool = False
+    db_size_bytes: int = 0
+    alarms: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class _SessionValue(msgspec.Struct):
+    node: str
+    host: str | None = None
+    since: float | None = None
+
+
+class Inspector:
+    """
+    Describes one namespace of a store.
+
+    Args:
+        backend: Where to read.
+        namespace: What to describe; leases and health are those of the whole store.
+    """
+
+    def __init__(self, backend: Backend, namespace: str = "") -> None:
+        self._backend = backend
+        self._keys = Keys(namespace)
+
+    async def inspect(self, kind: str, name: str | None = None) -> object:
+        """
+        Describe everything of one kind, or one thing of it.
+
+        Raises:
+            ValueError: there is no such kind, or it has no names.
+        """
+        if kind == "locks" and name is not None:
+            return await self.lock(name)
+        kinds: dict[str, Callable[[], Awaitable[object]]] = {
+            "locks": self.locks,
+            "sessions": self.sessions,
+            "leases": self.leases,
+            "health": self.health,
+        }
+        if kind not in kinds:
+            msg = f"nothing of the kind {kind!r} can be inspected, only {', '.join(kinds)}"
+            raise ValueError(msg)
+        if name is not None:
+            msg = f"{kind} have no names, and {name!r} was given"
+            raise ValueError(msg)
+        return await kinds[kind]()
+
+    async def lock(self, name: str) -> LockInfo:
+        """Describe one lock."""
+        return await inspect_lock(self._backend, self._keys, name)
+
+    async def locks(self) -> tuple[LockInfo, ...]:
+        """Describe every lock that is held."""
+        return await inspect_locks(self._backend, self._keys)
+
+    async def sessions(self) -> tuple[SessionInfo, ...]:
+        """Describe every living session, oldest first."""
+        found = await self._backend.range(Range(KeyRange.prefix(self._keys.sessions)))
+        infos: list[SessionInfo] = []
+        for kv in sorted(found.kvs, key=lambda kv: kv.create_revision):
+            lease = self._keys.parse_session(kv.key)
+            if lease is None:
+                continue
+            value = _session_value(kv.value)
+            ttl = (await self._backend.lease_time_to_live(lease)).ttl
+            infos.append(
+                SessionInfo(value.node, value.host, f"{lease:x}", kv.mod_revision, ttl, value.since)
+            )
+        return tuple(infos)
+
+    async def leases(self) -> tuple[LeaseInfo, ...]:
+        """Describe every lease of the store."""
+        infos: list[LeaseInfo] = []
+        for lease in await self._backend.lease_list():
+            found = await self._backend.lease_time_to_live(lease, keys=True)
+            if found.ttl >= 0:
+                keys = tuple(key.decode(errors="backslashreplace") for key in found.keys)
+                infos.append(LeaseInfo(f"{lease:x}", found.ttl, found.granted_ttl, keys))
+        return tuple(infos)
+
+    async def health(self) -> HealthInfo:
+        """Make one linearizable read, and ask a member about itself; never raises for etcd's sake."""
+        began = trio.current_time()
+        try:
+            read = await self._backend.range(Range(KeyRange.one(b"\0"), count_only=True))
+            latency = trio.current_time() - began
+            status = await self._backend.status()
+        except EtcdError as error:
+            return HealthInfo(healthy=False, latency=trio.current_time() - began, error=str(error))
+        return HealthInfo(
+            healthy=not status.errors,
+            latency=latency,
+            revision=read.revision,
+            version=status.version,
+            member=f"{status.member:x}",
+            is_leader=status.leader == status.member,
+            has_leader=status.leader != 0,
+            db_size_bytes=status.db_size_bytes,
+            alarms=status.errors,
+        )
+
+
+def _session_value(value: bytes) -> _SessionValue:
+    try:
+        return msgspec.json.decode(value, type=_SessionValue)
+    except msgspec.DecodeError:
+        return _SessionValue("?")
