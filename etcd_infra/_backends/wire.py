@@ -71,28 +71,29 @@ def encode_txn(request: Txn) -> bytes:
 
 def encode_compact(revision: int) -> bytes:
     """Encode a CompactionRequest."""
-    return MESSAGES["CompactionRequest"](revision=revision).SerializeToString()
+    return _message("CompactionRequest", revision=revision).SerializeToString()
 
 
 def encode_lease_grant(ttl: int, lease: int) -> bytes:
     """Encode a LeaseGrantRequest."""
-    return MESSAGES["LeaseGrantRequest"](TTL=ttl, ID=lease).SerializeToString()
+    return _message("LeaseGrantRequest", TTL=ttl, ID=lease).SerializeToString()
 
 
 def encode_lease(lease: int) -> bytes:
     """Encode a LeaseKeepAliveRequest or a LeaseRevokeRequest, which look the same."""
-    return MESSAGES["LeaseRevokeRequest"](ID=lease).SerializeToString()
+    return _message("LeaseRevokeRequest", ID=lease).SerializeToString()
 
 
 def encode_lease_time_to_live(lease: int, *, keys: bool) -> bytes:
     """Encode a LeaseTimeToLiveRequest."""
-    return MESSAGES["LeaseTimeToLiveRequest"](ID=lease, keys=keys).SerializeToString()
+    return _message("LeaseTimeToLiveRequest", ID=lease, keys=keys).SerializeToString()
 
 
 def encode_watch_create(request: WatchRequest, watch_id: int) -> bytes:
     """Encode a WatchRequest that creates a watch, in fragments if the events are big."""
     filters = [_NO_PUT] * request.no_put + [_NO_DELETE] * request.no_delete
-    create = MESSAGES["WatchCreateRequest"](
+    create = _message(
+        "WatchCreateRequest",
         key=request.range.key,
         range_end=request.range.end,
         start_revision=request.start_revision,
@@ -102,20 +103,30 @@ def encode_watch_create(request: WatchRequest, watch_id: int) -> bytes:
         watch_id=watch_id,
         fragment=True,
     )
-    return MESSAGES["WatchRequest"](create_request=create).SerializeToString()
+    return _message("WatchRequest", create_request=create).SerializeToString()
 
 
 def encode_watch_cancel(watch_id: int) -> bytes:
     """Encode a WatchRequest that cancels a watch."""
-    cancel = MESSAGES["WatchCancelRequest"](watch_id=watch_id)
-    return MESSAGES["WatchRequest"](cancel_request=cancel).SerializeToString()
+    cancel = _message("WatchCancelRequest", watch_id=watch_id)
+    return _message("WatchRequest", cancel_request=cancel).SerializeToString()
+
+
+def _message(name: str, **fields: Any) -> Any:
+    # protobuf takes None for "not set": a value of None would be written as an empty one.
+    if None in fields.values():
+        raise TypeError(
+            f"None is no value for {', '.join(key for key, value in fields.items() if value is None)}"
+        )
+    return MESSAGES[name](**fields)
 
 
 def _range(request: Range) -> Any:
     order = 0
     if request.sort_by is not None or request.descending:
         order = _DESCENDING if request.descending else _ASCENDING
-    return MESSAGES["RangeRequest"](
+    return _message(
+        "RangeRequest",
         key=request.range.key,
         range_end=request.range.end,
         limit=request.limit,
@@ -133,7 +144,8 @@ def _range(request: Range) -> Any:
 
 
 def _put(request: Put) -> Any:
-    return MESSAGES["PutRequest"](
+    return _message(
+        "PutRequest",
         key=request.key,
         value=request.value,
         lease=request.lease,
@@ -144,13 +156,14 @@ def _put(request: Put) -> Any:
 
 
 def _delete_range(request: DeleteRange) -> Any:
-    return MESSAGES["DeleteRangeRequest"](
-        key=request.range.key, range_end=request.range.end, prev_kv=request.prev_kv
+    return _message(
+        "DeleteRangeRequest", key=request.range.key, range_end=request.range.end, prev_kv=request.prev_kv
     )
 
 
 def _compare(compare: Compare) -> Any:
-    message = MESSAGES["Compare"](
+    message = _message(
+        "Compare",
         result=compare.operator,
         target=compare.target,
         key=compare.range.key,
@@ -162,16 +175,17 @@ def _compare(compare: Compare) -> Any:
 
 def _op(op: Op) -> Any:
     if isinstance(op, Put):
-        return MESSAGES["RequestOp"](request_put=_put(op))
+        return _message("RequestOp", request_put=_put(op))
     if isinstance(op, Range):
-        return MESSAGES["RequestOp"](request_range=_range(op))
+        return _message("RequestOp", request_range=_range(op))
     if isinstance(op, DeleteRange):
-        return MESSAGES["RequestOp"](request_delete_range=_delete_range(op))
-    return MESSAGES["RequestOp"](request_txn=_txn(op))
+        return _message("RequestOp", request_delete_range=_delete_range(op))
+    return _message("RequestOp", request_txn=_txn(op))
 
 
 def _txn(request: Txn) -> Any:
-    return MESSAGES["TxnRequest"](
+    return _message(
+        "TxnRequest",
         compare=[_compare(compare) for compare in request.compare],
         success=[_op(op) for op in request.success],
         failure=[_op(op) for op in request.failure],
@@ -259,7 +273,7 @@ def decode_watch(answer: bytes) -> tuple[int, WatchResponse]:
 def _parsed(name: str, answer: bytes) -> Any:
     try:
         return MESSAGES[name].FromString(answer)
-    except DecodeError as error:
+    except (DecodeError, ValueError) as error:  # ValueError: text that is no UTF-8, in pure Python
         raise InvalidAnswerError(f"the answer is no {name}: {len(answer)} bytes that do not decode") from error
 
 
