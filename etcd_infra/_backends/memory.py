@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from etcd_infra._backends.memory_store import Store
+from etcd_infra._backends.request_check import check_grant, check_txn_request
 from etcd_infra._backends.watch_cursor import WatchCursor
 from etcd_infra._etcd.backend import Backend, WatchStream
 from etcd_infra._etcd.model import Status, WatchRequest
@@ -175,6 +176,7 @@ class MemoryNode(Backend):
 
     async def txn(self, request: Txn, /) -> TxnResult:
         """Evaluate the compares and apply one branch."""
+        check_txn_request(request)
         apply = partial(self._store.txn, request)
         if request.is_read_only:
             return await self._read(apply)
@@ -209,10 +211,11 @@ class MemoryNode(Backend):
 
     async def compact(self, revision: int, /) -> int:
         """Forget the history before `revision`."""
-        return await self._read(partial(self._store.compact, revision))
+        return await self._write(f"a compaction at {revision}", partial(self._store.compact, revision))
 
     async def lease_grant(self, ttl: int, /, *, lease: int = 0) -> LeaseGrant:
         """Grant a lease."""
+        check_grant(ttl, lease)
         return await self._write("a lease grant", partial(self._grant, ttl, lease))
 
     def _grant(self, ttl: int, lease: int, now: float) -> LeaseGrant:

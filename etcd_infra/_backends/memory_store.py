@@ -337,12 +337,12 @@ class Store:
     def compact(self, revision: int, now: float) -> int:
         """Forget what was overwritten before `revision`; return the store's revision."""
         self.advance(now)
-        if revision <= self.compact_revision:
+        if revision <= self.history.compacted:
             raise CompactedError("etcdserver: mvcc: required revision has been compacted")
         if revision > self.revision:
             raise FutureRevisionError("etcdserver: mvcc: required revision is a future revision")
         commits = self.history.between(self.compact_revision + 1, revision)
-        self.history.compact_revision = revision
+        self.history.compacted = revision
         self._keys.compact(revision, {event.kv.key for commit in commits for event in commit.events})
         return self.revision
 

@@ -44,7 +44,13 @@ class History:
 
     def __init__(self) -> None:
         self.commits: list[Commit] = []
-        self.compact_revision = 0
+        # etcd: -1 before the first compaction, so that revision 0 can be compacted once.
+        self.compacted = -1
+
+    @property
+    def compact_revision(self) -> int:
+        """The oldest revision that can be read; 0 before the first compaction."""
+        return max(0, self.compacted)
 
     @property
     def revision(self) -> int:

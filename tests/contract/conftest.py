@@ -1,0 +1,122 @@
+"""One suite, every etcd: the in-memory one, and each real server that can be found, over gRPC."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from etcd_infra._backends.opening import open_etcd
+from etcd_infra._etcd.model import KeyRange
+from etcd_infra.errors import LeaseNotFoundError
+from etcd_infra.testing import EtcdServer, MemoryEtcd, find_etcd
+from tests.contract.world import World
+
+MEMORY = "memory"
+
+
+def _binaries() -> list[str]:
+    """`ETCD_INFRA_TEST_ETCDS` names programs, separated by colons; otherwise the one at hand, if any."""
+    if named := os.environ.get("ETCD_INFRA_TEST_ETCDS"):
+        return named.split(":")
+    found = find_etcd()
+    return [str(found)] if found else []
+
+
+def _targets() -> list[object]:
+    binaries = _binaries()
+    names = [Path(binary).name if len(binaries) == 1 else binary for binary in binaries]
+    real = [
+        pytest.param(binary, id=name, marks=pytest.mark.real)
+        for binary, name in zip(binaries, names, strict=True)
+    ]
+    missing = pytest.param("", id="etcd", marks=pytest.mark.skip(reason="no etcd program here"))
+    return [pytest.param(MEMORY, id=MEMORY), *(real or [missing])]
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[dict[str, EtcdServer]]:
+    """Keep one running server per program, started when it is first needed."""
+    running: dict[str, EtcdServer] = {}
+    yield running
+    for server in running.values():
+        trio.run(server.__aexit__, None, None, None)
+
+
+@pytest.fixture(params=_targets())
+def target(request) -> str:
+    """Name the etcd under test: the in-memory one, or a program."""
+    return request.param
+
+
+@pytest.fixture
+def server(target, servers) -> EtcdServer | None:
+    """Return the real server of this target, shared with other tests."""
+    if target == MEMORY:
+        return None
+    if target not in servers:
+        # Started in a Trio run of its own: a server holds nothing that belongs to a run.
+        server = EtcdServer(target)
+        trio.run(server.__aenter__)
+        servers[target] = server
+    return servers[target]
+
+
+@pytest.fixture(autouse=True)
+def clock(target) -> MockClock | None:
+    """Let time jump where nothing real is waited for."""
+    return MockClock(autojump_threshold=0) if target == MEMORY else None
+
+
+@pytest.fixture
+async def world(server) -> AsyncIterator[World]:
+    """Open a backend, and give the test a part of the key space and no lease of others."""
+    if server is None:
+        yield _in_memory()
+        return
+    async with _connected(server) as opened:
+        yield opened
+        await _clean(opened)
+
+
+@pytest.fixture
+async def fresh(target) -> AsyncIterator[World]:
+    """Give the test an etcd of its own, whose store is empty."""
+    if target == MEMORY:
+        yield _in_memory()
+        return
+    async with over_network(target) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def over_network(program: str, *arguments: str) -> AsyncIterator[World]:
+    """Start a server of one's own, and connect to it."""
+    async with EtcdServer(program, extra_args=arguments) as server, _connected(server) as opened:
+        yield opened
+
+
+def _in_memory() -> World:
+    etcd = MemoryEtcd()
+    return World(etcd, b"test/", store=etcd.store)
+
+
+@asynccontextmanager
+async def _connected(server: EtcdServer) -> AsyncIterator[World]:
+    version = tuple(int(part) for part in server.version.split("."))
+    async with open_etcd(server.endpoint) as backend:
+        yield World(backend, b"test-%s/" % secrets.token_hex(4).encode(), version)
+
+
+async def _clean(world: World) -> None:
+    # A lease left behind would delete its keys, and so make a revision, in the middle of another test.
+    for lease in await world.backend.lease_list():
+        with suppress(LeaseNotFoundError):
+            await world.backend.lease_revoke(lease)
+    await world.backend.delete(KeyRange.everything())
