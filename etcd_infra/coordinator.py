@@ -27,7 +27,7 @@ from etcd_infra.inspector import Inspector
 from etcd_infra.metrics import Metrics, SyncMeter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
     from random import Random
 
     from etcd_infra._etcd.calls import Call, Observer
@@ -124,7 +124,7 @@ async def open_coordinator(  # noqa: PLR0913
     random: Random | None = None,
     boot_clock: Callable[[], float] | None = None,
     **etcd_options: Any,
-) -> AsyncIterator[Coordinator]:
+) -> AsyncGenerator[Coordinator]:
     """
     Open a coordinator; entering waits for the first session, under the caller's scope.
 
@@ -190,7 +190,7 @@ async def open_coordinator(  # noqa: PLR0913
 @asynccontextmanager
 async def _open_backend(
     backend: Backend | str | Sequence[str] | None, environment: Mapping[str, str], options: dict[str, Any]
-) -> AsyncIterator[Backend]:
+) -> AsyncGenerator[Backend]:
     if isinstance(backend, Backend):
         if options:
             msg = f"options of open_etcd make no sense with an open backend: {sorted(options)}"

@@ -134,9 +134,7 @@ class Inspector:
                 continue
             value = _session_value(kv.value)
             ttl = (await self._backend.lease_time_to_live(lease)).ttl
-            infos.append(
-                SessionInfo(value.node, value.host, f"{lease:x}", kv.mod_revision, ttl, value.since)
-            )
+            infos.append(SessionInfo(value.node, value.host, f"{lease:x}", kv.mod_revision, ttl, value.since))
         return tuple(infos)
 
     async def leases(self) -> tuple[LeaseInfo, ...]:

@@ -15,7 +15,9 @@ from etcd_infra.testing import MemoryEtcd
 NAMESPACE = "test"
 
 
-def open_infra(backend: Backend, *, seed: int = 1, **options: object) -> AbstractAsyncContextManager[Coordinator]:
+def open_infra(
+    backend: Backend, *, seed: int = 1, **options: object
+) -> AbstractAsyncContextManager[Coordinator]:
     """Open a coordinator that depends on nothing but Trio's clock and a seed."""
     settings: dict[str, object] = {
         "namespace": NAMESPACE,

@@ -37,7 +37,7 @@ class WatchStream(ABC):
         """
         Wait for the next batch.
 
-        Every re-creation of the watch is delivered as a batch with `created` set, in its place in the order.
+        Every re-creation of the watch is delivered as a batch with `created` set, in its place.
 
         Raises:
             CompactedError: the history to go on from is gone: changes were missed. The watch is over.
@@ -59,9 +59,9 @@ class Backend(ABC):
     """
     An implementation of etcd's semantics.
 
-    Every verb is one round trip, a checkpoint, and ends by itself after a while (seconds) if etcd does not
-    answer. Reads (`range`, a `txn` that is read-only, `lease_time_to_live`, `lease_list`, `status`), keep-alives
-    and compactions may be sent again. A writing verb that was cancelled or that raised
+    Every verb is one round trip, a checkpoint, and ends by itself after some seconds if etcd does not
+    answer. Reads (`range`, a read-only `txn`, `lease_time_to_live`, `lease_list`, `status`), keep-alives and
+    compactions may be sent again. A writing verb that was cancelled or that raised
     `OutcomeUnknownError` may have been applied, and may still be applied later.
 
     Raises (every verb):
@@ -91,7 +91,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def watch(
+    def watch(  # noqa: PLR0913
         self,
         range: KeyRange,  # noqa: A002
         /,

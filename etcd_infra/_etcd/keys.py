@@ -14,6 +14,7 @@ from typing import Final
 from urllib.parse import unquote
 
 MAX_SEGMENT_BYTES: Final = 512
+_ESCAPES: Final = {code: f"%{code:02X}" for code in (*range(0x20), 0x7F, ord("%"), ord("/"))}
 
 
 def encode_segment(name: str) -> str:
@@ -30,9 +31,7 @@ def encode_segment(name: str) -> str:
     if not name:
         msg = "a name must not be empty"
         raise ValueError(msg)
-    encoded = "".join(
-        f"%{ord(char):02X}" if char in "%/" or ord(char) < 0x20 or ord(char) == 0x7F else char for char in name
-    )
+    encoded = name.translate(_ESCAPES)
     if len(encoded.encode()) > MAX_SEGMENT_BYTES:
         msg = f"a name must have at most {MAX_SEGMENT_BYTES} bytes, not {len(encoded.encode())}: {name[:40]!r}…"
         raise ValueError(msg)
@@ -51,7 +50,7 @@ class Keys:
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
-        self.root = f"{encode_segment(namespace)}/".encode() if namespace != "" else b""  # noqa: PLC1901
+        self.root = f"{encode_segment(namespace)}/".encode() if namespace != "" else b""
 
     # ── the store's lineage ─────────────────────────────────────────────────────────────────────
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from etcd_infra._etcd.backend import Backend
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from etcd_infra._etcd.backend import WatchStream
     from etcd_infra._etcd.model import (
@@ -64,7 +64,7 @@ class Wrapping(Backend):
         no_delete: bool = False,
         progress_notify: bool = False,
         coordination: bool = False,
-    ) -> AsyncIterator[WatchStream]:
+    ) -> AsyncGenerator[WatchStream]:
         """See `Backend`."""
         watching = self.inner.watch(
             range,

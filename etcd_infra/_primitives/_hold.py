@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._session.keepalive import CLEAN_UP_SECONDS, LivingLease
-from etcd_infra._session.session import revoke_definitely
+from etcd_infra._session.keepalive import LivingLease, clean_up_deadline
+from etcd_infra._session.session import revoke, revoke_in_time
 from etcd_infra.errors import EtcdError, LockLostError, NotHeldError, SessionLostError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from etcd_infra._primitives._waitqueue import Place
     from etcd_infra._primitives.fence import Fence
@@ -55,17 +55,12 @@ class OwnLease:
         """Renew no more; the lease runs out by itself."""
         self._scope.cancel()
 
-    async def end(self) -> None:
-        """Revoke, shielded, in two seconds at most; what is left then, the janitor does."""
+    async def end(self, *, until: float) -> None:
+        """Revoke, shielded, until Trio's time `until` at most; what is left then, the janitor does."""
         self.stop()
-        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
-            with suppress(EtcdError):
-                await self._revoke()
-                return
-        self._session.janitor.take_over(self._revoke)
-
-    async def _revoke(self) -> None:
-        await revoke_definitely(self._session.backend, self.lease.id)
+        backend = self._session.backend
+        if not await revoke_in_time(backend, self.lease.id, self._session.random, until=until):
+            self._session.janitor.take_over(lambda: revoke(backend, self.lease.id))
 
 
 class Hold:
@@ -76,7 +71,7 @@ class Hold:
         fence: The proof to put into writes; worthless once the hold has ended.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         session: Session,
         place: Place,
@@ -187,7 +182,7 @@ class Hold:
     # ── for the primitives ──────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
-    async def scope(self) -> AsyncIterator[Hold]:
+    async def scope(self) -> AsyncGenerator[Hold]:
         """Run a body that is cancelled when the hold is lost, and give the hold back afterwards."""
         try:
             with self.tied():
@@ -202,7 +197,7 @@ class Hold:
             raise loss
 
     @contextmanager
-    def tied(self) -> Iterator[None]:
+    def tied(self) -> Generator[None]:
         """Open a cancel scope that ends with the hold."""
         with self._session.tether(self._lease) as tether:
             self._scopes.add(tether.scope)
@@ -236,23 +231,22 @@ class Hold:
             return None
         self._released = status is LockStatus.ACQUIRED
         self._forget()
-        try:
-            there = await self._place.leave()
-        finally:
-            if self._own is not None:
-                await self._own.end()
+        until = clean_up_deadline()
+        there = await self._place.leave(until=until)
+        if self._own is not None:
+            await self._own.end(until=until)
         if self._released and there is False:
             # The key was gone before we let go of it: somebody deleted it, or our lease.
             self._released, self._key_gone = False, True
         if self._released:
             self._session.tally.lock_releases += 1
             return None
-        await self._find_out_why()
+        await self._find_out_why(until)
         return self._loss(self.status)
 
-    async def _find_out_why(self) -> None:
+    async def _find_out_why(self, until: float) -> None:
         # A deleted key may be an operator's doing, or the lease's end: only etcd can tell which.
-        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True), suppress(EtcdError, SessionLostError):
+        with trio.move_on_at(until, shield=True), suppress(EtcdError, SessionLostError):
             if not self._lease.is_lost() and self._own is None:
                 await self._lease.renew()
 

@@ -49,7 +49,6 @@ from etcd_infra._etcd.model import (
     TxnResult,
 )
 from etcd_infra._policy.backoff import delay
-from etcd_infra._session.keepalive import CLEAN_UP_SECONDS, LivingLease
 from etcd_infra.errors import (
     EtcdError,
     InvalidAnswerError,
@@ -64,6 +63,7 @@ from etcd_infra.errors import (
 if TYPE_CHECKING:
     from typing import Self
 
+    from etcd_infra._session.keepalive import LivingLease
     from etcd_infra._session.key_watch import KeyWatch
     from etcd_infra._session.session import Session
 
@@ -239,9 +239,9 @@ class Place:
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────
 
-    async def leave(self) -> bool | None:
+    async def leave(self, *, until: float) -> bool | None:
         """
-        Leave the line, shielded, in two seconds at most; what is left then, the janitor does.
+        Leave the line, shielded, until Trio's time `until` at most; what is left then, the janitor does.
 
         Returns:
             Whether my key was still there; None if that is not known.
@@ -254,7 +254,7 @@ class Place:
         """
         unclear = False
         failures = 0
-        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+        with trio.move_on_at(until, shield=True):
             await trio.lowlevel.checkpoint()
             while not self._session.lease.is_lost() and not self._lease.is_lost():
                 try:

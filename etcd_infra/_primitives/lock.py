@@ -42,12 +42,13 @@ from etcd_infra._primitives._hold import Hold, LockStatus, OwnLease
 from etcd_infra._primitives._waitqueue import Place
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
+from etcd_infra._session.keepalive import clean_up_deadline
 from etcd_infra._session.session import grant
 from etcd_infra._session.ttl import check_ttl
 from etcd_infra.errors import FencedError, LockLostError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
     from contextlib import AbstractAsyncContextManager
 
     from etcd_infra._etcd.keys import Keys
@@ -140,7 +141,7 @@ class Lock:
         return hold
 
     @asynccontextmanager
-    async def attempt(self) -> AsyncIterator[Hold | None]:
+    async def attempt(self) -> AsyncGenerator[Hold | None]:
         """
         Hold the lock for the body if nobody is in line, else run the body with None; never wait.
 
@@ -177,16 +178,16 @@ class Lock:
         try:
             with session.tether():
                 hold = await self._take(session, lambda: session.owners.pop(owner, None), wait=wait)
-                self._latest, self._failed = hold or self._latest, False
-                return hold
-            session.check()
-            return None
+            if hold is None:
+                session.check()
         except Exception:
             self._failed = True
             raise
         finally:
             if hold is None:
                 session.owners.pop(owner, None)
+        self._latest, self._failed = hold or self._latest, False
+        return hold
 
     async def _take(self, session: Session, forget: Callable[[], object], *, wait: bool) -> Hold | None:
         own: OwnLease | None = None
@@ -199,16 +200,17 @@ class Lock:
         try:
             if not await self._come_first(session, place, wait=wait):
                 if own:
-                    await own.end()
+                    await own.end(until=clean_up_deadline())
                 return None
             if own and self._renewal is Renewal.MANUAL:
                 own.stop()
                 if place.waited:
                     await own.lease.renew()
         except BaseException:
-            await place.leave()
+            until = clean_up_deadline()
+            await place.leave(until=until)
             if own:
-                await own.end()
+                await own.end(until=until)
             raise
         return self._granted(session, place, own, forget)
 
@@ -257,7 +259,7 @@ class Lock:
         return kvs[0].create_revision if kvs else None
 
     @asynccontextmanager
-    async def fenced(self, fence: Fence) -> AsyncIterator[None]:
+    async def fenced(self, fence: Fence) -> AsyncGenerator[None]:
         """
         Run a body that is cancelled when `fence`, perhaps another task's, stops being current.
 

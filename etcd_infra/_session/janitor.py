@@ -2,7 +2,8 @@
 What a caller had no time to clean up is cleaned up here, until it is definite or the session is over.
 
 A cancelled caller waits two seconds at most; what is left goes to the janitor. As a backstop it lists what
-hangs on the session's lease now and then: a key that this process does not know, seen twice, is deleted. On the way it counts the sessions of the namespace.
+hangs on the session's lease now and then: a key that this process does not know, seen twice, is deleted.
+On the way it counts the sessions of the namespace.
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ class SessionStatus(StrEnum):
     LOST = "lost"
 
 
+def clean_up_deadline() -> float:
+    """Trio's time at which a shielded clean-up that begins now must end."""
+    return trio.current_time() + CLEAN_UP_SECONDS
+
+
 def margin(ttl: float) -> float:
     """Seconds by which trust ends before the lease does: for clock rates, and for being late."""
     return max(0.5, 0.1 * ttl)
@@ -58,7 +63,7 @@ class LivingLease:
         sent_at: When the (first copy of the) grant was sent.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self, backend: Backend, clock: Clock, random: Random, *, lease: int, ttl: int, sent_at: Instant
     ) -> None:
         self._backend = backend

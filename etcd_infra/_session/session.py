@@ -33,8 +33,14 @@ import trio
 from etcd_infra._etcd.model import Compare, KeyRange, KeyValue, Put, Range, RangeResult, Txn, TxnResult
 from etcd_infra._policy.backoff import delay
 from etcd_infra._session.janitor import Janitor
+from etcd_infra._session.keepalive import (
+    CLEAN_UP_SECONDS,
+    LivingLease,
+    SessionStatus,
+    Tether,
+    clean_up_deadline,
+)
 from etcd_infra._session.key_watch import KeyWatch
-from etcd_infra._session.keepalive import CLEAN_UP_SECONDS, LivingLease, SessionStatus, Tether
 from etcd_infra._session.scopes import open_background
 from etcd_infra._session.slots import Slots
 from etcd_infra.errors import (
@@ -48,7 +54,7 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
     from random import Random
 
     from etcd_infra._etcd.backend import Backend
@@ -141,7 +147,7 @@ class Session:
         await self.lease.lost.wait()
 
     @contextmanager
-    def tether(self, *leases: LivingLease) -> Iterator[Tether]:
+    def tether(self, *leases: LivingLease) -> Generator[Tether]:
         """Open a scope that is cancelled when the session, or one of `leases`, is lost."""
         tether = Tether(self.lease, *leases)
         with tether.scope:
@@ -249,26 +255,34 @@ class Session:
         Never raises for etcd's sake: what can not be done now, the lease's end will do.
         """
         self.lease.closed = True
-        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+        until = clean_up_deadline()
+        with trio.move_on_at(until - CLEAN_UP_SECONDS / 2, shield=True):
             if not self.lease.is_lost():
-                with trio.move_on_after(CLEAN_UP_SECONDS / 2):
-                    await self.janitor.wait_idle()
-            await revoke(self.backend, self.lease.id)
+                await self.janitor.wait_idle()
+        await revoke_in_time(self.backend, self.lease.id, self.random, until=until)
         self.lose(SessionLostError("the session was closed"))
 
 
-async def revoke_definitely(backend: Backend, lease: int) -> None:
+async def revoke(backend: Backend, lease: int) -> None:
     """Revoke a lease; one that is gone is as good. An `EtcdError` means that nothing is definite."""
     with suppress(LeaseNotFoundError):
         await backend.lease_revoke(lease)
 
 
-async def revoke(backend: Backend, lease: int) -> None:
-    """Try to revoke a lease; after an error it will run out by itself."""
-    try:
-        await revoke_definitely(backend, lease)
-    except EtcdError as error:
-        logger.info("lease %x was not revoked, it will run out: %s", lease, error)
+async def revoke_in_time(backend: Backend, lease: int, random: Random, *, until: float) -> bool:
+    """Repeat `revoke`, shielded, until Trio's time `until` at most; return whether it is definite."""
+    failures = 0
+    with trio.move_on_at(until, shield=True):
+        while True:
+            try:
+                await revoke(backend, lease)
+            except EtcdError as error:
+                logger.info("lease %x is not revoked yet: %s", lease, error)
+                await trio.sleep(delay(failures, random.random()))
+                failures += 1
+            else:
+                return True
+    return False
 
 
 async def grant(backend: Backend, clock: Clock, random: Random, *, ttl: int) -> LivingLease:
@@ -307,8 +321,7 @@ async def grant(backend: Backend, clock: Clock, random: Random, *, ttl: int) -> 
             failures += 1
     except trio.Cancelled:
         if sent_at is not None:
-            with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
-                await revoke(backend, lease)
+            await revoke_in_time(backend, lease, random, until=clean_up_deadline())
         raise
 
 
@@ -328,7 +341,7 @@ async def open_session(  # noqa: PLR0913
     clock: Clock,
     random: Random,
     tally: Tally,
-) -> AsyncIterator[Session]:
+) -> AsyncGenerator[Session]:
     """
     Open a session; entering waits until etcd has granted it.
 

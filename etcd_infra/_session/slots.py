@@ -138,7 +138,9 @@ class Slots:
                 failures += 1
             elif answer.succeeded:
                 slot.moved_to(answer.revision)
-                return SlotWrite(applied=True, revision=answer.revision, results=answer.results[:-1], note=write.note)
+                return SlotWrite(
+                    applied=True, revision=answer.revision, results=answer.results[:-1], note=write.note
+                )
             elif (outcome := await self._refused(slot, write, answer)) is not None:
                 return outcome
 
@@ -166,7 +168,9 @@ class Slots:
         if revision == slot.revision:
             return None
         if not revision and write.unanswered:
-            raise OutcomeUnknownError(f"a write whose slot {slot.key!r} was deleted", write.request.written_keys)
+            raise OutcomeUnknownError(
+                f"a write whose slot {slot.key!r} was deleted", write.request.written_keys
+            )
         if not revision:
             slot.key = self._new().key
         slot.moved_to(revision)

@@ -8,6 +8,7 @@ Each directed verb strikes one call: the next one that `only` lets through. A wr
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeVar
 
@@ -99,10 +100,8 @@ class FaultyBackend(Wrapping):
 
 async def _apply_late(call: Callable[[], Awaitable[object]], seconds: float) -> None:
     await trio.sleep(seconds)
-    try:
+    with suppress(EtcdError):
         await call()
-    except EtcdError:
-        pass
 
 
 def _writes(verb: str, request: object) -> bool:

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import trio
-from tests.conftest import NAMESPACE, open_infra
 
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, Put, Range, Txn
@@ -15,6 +14,7 @@ from etcd_infra._primitives.lock import Renewal
 from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra.errors import FencedError, LockLostError, NotHeldError, SessionLostError
 from etcd_infra.testing import RecordingBackend
+from tests.conftest import NAMESPACE, open_infra
 
 KEYS = Keys(NAMESPACE)
 
@@ -382,9 +382,7 @@ async def test_fence_is_a_plain_value(infra, autojump_clock):
     """A fence survives pickling, and shows resource, token and epoch as JSON."""
     async with infra.lock("job") as hold:
         assert hold.fence == pickle.loads(pickle.dumps(hold.fence))
-        assert (
-            f'{{"epoch":"{hold.fence.epoch}","resource":"job","token":{hold.token}}}' == hold.fence.to_json()
-        )
+        assert f'{{"epoch":"{hold.fence.epoch}","resource":"job","token":{hold.token}}}' == hold.fence.to_json()
         assert 32 == len(hold.fence.epoch)
 
 
@@ -432,7 +430,12 @@ async def test_inspect_names_holder_and_queue(etcd, infra, autojump_clock):
                 await trio.sleep(0.1)
             info = await two.lock("job").inspect()
             nursery.cancel_scope.cancel()
-    assert ("job", "node-1", hold.token, ("node-2", "node-3")) == (info.name, info.holder, info.token, info.queue)
+    assert ("job", "node-1", hold.token, ("node-2", "node-3")) == (
+        info.name,
+        info.holder,
+        info.token,
+        info.queue,
+    )
     assert 28 <= info.ttl <= 30
     assert info.acquired_at is not None
 

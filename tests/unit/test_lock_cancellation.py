@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import trio
-from tests.conftest import NAMESPACE, open_infra
-from tests.helpers.cancelling import cancelled_at
 
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange
 from etcd_infra._primitives.lock import Renewal
 from etcd_infra.errors import LockLostError
 from etcd_infra.testing import FaultyBackend
+from tests.conftest import NAMESPACE, open_infra
+from tests.helpers.cancelling import cancelled_at
 
 KEYS = Keys(NAMESPACE)
 LINE = KeyRange.prefix(KEYS.lock_line("job"))
 LATE_SECONDS = 3.0
 
-FAULTS = {
+KINDS = {
     "answered": lambda _: None,
     "refused": lambda backend: backend.refuse_next(),
     "request lost": lambda backend: backend.lose_next_request(),
@@ -26,6 +26,23 @@ FAULTS = {
     "two applied late": lambda backend: (backend.apply_next_late(1.0), backend.apply_next_late(LATE_SECONDS)),
     "slow": lambda backend: backend.delay_next(1.0),
 }
+FAULTS = [(kind, 0) for kind in KINDS] + [
+    (kind, skipped) for kind in ("request lost", "answer lost", "applied late") for skipped in (1, 2)
+]
+
+
+def strike(faulty, kind, skipped):
+    """Arm a fault for the first write after `skipped` others."""
+    writes = FaultyBackend(faulty.inner).only
+    seen = 0
+
+    def only(verb, request):
+        nonlocal seen
+        seen += writes(verb, request)
+        return writes(verb, request) and seen > skipped
+
+    faulty.only = only
+    KINDS[kind](faulty)
 
 
 async def enter(infra, options):
@@ -68,7 +85,7 @@ LEASES = {
 
 @pytest.mark.parametrize("contended", [False, True], ids=["free", "contended"])
 @pytest.mark.parametrize("lease", LEASES)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]} {fault[1]}")
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_nothing_is_left(etcd, autojump_clock, operation, fault, lease, contended):
     """Cancelled at any step, under any fault, an operation leaves no key, no lease, and nobody waiting."""
@@ -88,11 +105,11 @@ async def test_nothing_is_left(etcd, autojump_clock, operation, fault, lease, co
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(let_go)
-                FAULTS[fault](faulty)
+                strike(faulty, *fault)
                 reached = await cancelled_at(steps, lambda: OPERATIONS[operation](one, LEASES[lease]))
                 faulty.forget_faults()
                 await released.wait()
-            await check_nothing_is_left(etcd, one, two, grants_may_be_late="late" in fault)
+            await check_nothing_is_left(etcd, one, two, grants_may_be_late="late" in fault[0])
             if not reached:
                 break
     assert steps > 3
