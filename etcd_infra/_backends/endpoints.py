@@ -47,7 +47,7 @@ class EndpointPolicy:
     def failed(self, endpoint: int, now: float) -> None:
         """Note that an endpoint did not answer, or could not."""
         # Calls that were in flight together fail together: one outage, one step of back-off.
-        if self._is_well(endpoint, now):
+        if self.is_well(endpoint, now):
             rest = min(FIRST_REST * 2 ** min(self._failures[endpoint], 10), LONGEST_REST)
             self._failures[endpoint] += 1
             self._resting_until[endpoint] = now + rest
@@ -57,13 +57,14 @@ class EndpointPolicy:
         self._failures[endpoint] = 0
         self._resting_until[endpoint] = 0.0
 
-    def _is_well(self, endpoint: int, now: float) -> bool:
+    def is_well(self, endpoint: int, now: float) -> bool:
+        """Whether an endpoint is not resting."""
         return self._resting_until[endpoint] <= now
 
     def _first_well(self, start: int, now: float) -> int:
         count = len(self._failures)
         order = [(start + step) % count for step in range(count)]
-        well = (endpoint for endpoint in order if self._is_well(endpoint, now))
+        well = (endpoint for endpoint in order if self.is_well(endpoint, now))
         return next(well, min(order, key=self._resting_until.__getitem__))
 
 

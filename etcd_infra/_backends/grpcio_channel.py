@@ -1,9 +1,10 @@
 """
 A channel over the grpcio package: the only place where `grpc` is imported and where its threads meet Trio.
 
-House rules. The synchronous API only: `grpc.aio` breaks when event loops run in several threads. `grpc` is
-imported on first use, because that alone takes half a second. Foreign threads may touch nothing but
-`_Inbox.post`; everything else runs in the Trio thread. No gRPC call may block the Trio thread.
+House rules. The synchronous API only: `grpc.aio` breaks when event loops run in several threads. This module
+is imported when a backend is entered and not before, because `import grpc` alone takes half a second. Foreign
+threads may touch nothing but `_Inbox.post`; everything else runs in the Trio thread. No gRPC call may block
+the Trio thread.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import grpc as untyped_grpc
 import trio
 
 from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Metadata
@@ -24,6 +26,9 @@ from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+
+grpc: Any = untyped_grpc
+"""It comes without type information."""
 
 _CLOSE_SECONDS: Final = 2.0
 _READ_AHEAD: Final = 64
@@ -38,7 +43,9 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.keepalive_timeout_ms", 4_000),
     # Newer releases wait this long (a minute by default) for a ping's answer, whatever the line above says.
     ("grpc.http2.ping_timeout_ms", 4_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    # etcd: pings on a connection without calls are answered by GOAWAY "too_many_pings" after 30 s, and grpcio
+    # doubles its interval then. A call on a dead idle connection starts the pings, and has its own deadline.
+    ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -114,9 +121,6 @@ class GrpcioChannel(Channel):
     """
 
     def __init__(self, target: str, *, dial_timeout: float) -> None:
-        import grpc
-
-        self._grpc: Any = grpc
         self._pid = os.getpid()
         self._inbox = _Inbox()
         self._calls: set[Any] = set()
@@ -137,7 +141,7 @@ class GrpcioChannel(Channel):
             multicallable = self._unary[method] = self._channel.unary_unary(method)
         call = multicallable.future(request, timeout=time_limit, metadata=metadata)
         await self._wait_done(call)
-        if call.code() is not self._grpc.StatusCode.OK:
+        if call.code() is not grpc.StatusCode.OK:
             raise _failure(call)
         return call.result()
 
@@ -145,7 +149,7 @@ class GrpcioChannel(Channel):
     async def stream(self, method: str, /, *, metadata: Metadata = ()) -> AsyncGenerator[ByteStream]:
         """Implement `Channel.stream`."""
         self._check_usable()
-        stream = _GrpcioStream(self._channel.stream_stream(method), metadata, self._inbox, self._grpc.RpcError)
+        stream = _GrpcioStream(self._channel.stream_stream(method), metadata, self._inbox)
         self._calls.add(stream)
         stream.start(partial(self._forget, stream))
         try:
@@ -207,11 +211,8 @@ class _GrpcioStream(ByteStream):
     Invariant: `_ending` is set by the last thing that the reader thread posts.
     """
 
-    def __init__(
-        self, multicallable: Any, metadata: Metadata, inbox: _Inbox, rpc_error: type[Exception]
-    ) -> None:
+    def __init__(self, multicallable: Any, metadata: Metadata, inbox: _Inbox) -> None:
         self._inbox = inbox
-        self._rpc_error = rpc_error
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._incoming: deque[bytes] = deque()
         self._room = threading.Semaphore(_READ_AHEAD)
@@ -263,7 +264,7 @@ class _GrpcioStream(ByteStream):
                     break
                 self._inbox.post(partial(self._arrived, message))
             ending = ChannelError(StatusCode.OK, "the server ended the stream")
-        except self._rpc_error:
+        except grpc.RpcError:
             ending = _failure(self._call)
         self._inbox.post(partial(self._end, ending))
 

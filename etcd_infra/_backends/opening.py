@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from etcd_infra._backends.channel import Channel
     from etcd_infra._etcd.backend import Backend
 
 DEFAULT_PORT: Final = 2379
@@ -112,9 +110,11 @@ def _parse_endpoint(text: str) -> Endpoint:
 async def _opened(
     endpoints: tuple[Endpoint, ...], *, dial_timeout: float, call_timeout: float
 ) -> AsyncGenerator[Backend]:
+    # The costly imports come now, while nothing is running yet that they could hold up.
+    from etcd_infra._backends.grpcio_channel import GrpcioChannel
     from etcd_infra._backends.rpc import RpcBackend
 
-    holder = Endpoints(endpoints, partial(_connect_grpcio, dial_timeout=dial_timeout))
+    holder = Endpoints(endpoints, lambda endpoint: GrpcioChannel(str(endpoint), dial_timeout=dial_timeout))
     body_error: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -132,9 +132,3 @@ async def _opened(
             await holder.aclose()
     if body_error is not None:
         raise body_error
-
-
-def _connect_grpcio(endpoint: Endpoint, *, dial_timeout: float) -> Channel:
-    from etcd_infra._backends.grpcio_channel import GrpcioChannel
-
-    return GrpcioChannel(str(endpoint), dial_timeout=dial_timeout)

@@ -201,16 +201,20 @@ class RpcBackend(Backend):
             answer = await channel.unary(method, request, time_limit=self._call_timeout, metadata=metadata)
         except ChannelError as error:
             if error.blames_endpoint:
-                policy.failed(endpoint, trio.current_time())
+                self._blame(endpoint)
             else:
                 policy.succeeded(endpoint)
             raise
         except trio.Cancelled:
             if trio.current_time() - began >= SUSPECT_SECONDS:
-                policy.failed(endpoint, trio.current_time())
+                self._blame(endpoint)
             raise
         policy.succeeded(endpoint)
         return answer
+
+    def _blame(self, endpoint: int) -> None:
+        self._endpoints.policy.failed(endpoint, trio.current_time())
+        self._watching.leave(endpoint)
 
 
 def _refuse_old_reads(request: Txn) -> None:

@@ -72,6 +72,11 @@ class Watching:
         self._ordinary = multiplexer()
         self._coordination = multiplexer()
 
+    def leave(self, endpoint: int) -> None:
+        """Go elsewhere with what is on a member that failed other calls, if there is a better one."""
+        self._ordinary.leave(endpoint)
+        self._coordination.leave(endpoint)
+
     @asynccontextmanager
     async def open(self, cursor: WatchCursor, *, coordination: bool) -> AsyncGenerator[WatchStream]:
         """Create a watch where `cursor` stands; wait until a server has; cancel it in the end."""
@@ -107,6 +112,7 @@ class _Multiplexer:
         self._unanswered: deque[tuple[float, BufferedWatch]] = deque()
         self._suspects: set[BufferedWatch] = set()
         self._stream: ByteStream | None = None
+        self._endpoint = 0
         self._last_id = 0
         self._receiving = trio.CancelScope()
         self._demand = trio.Event()
@@ -134,6 +140,16 @@ class _Multiplexer:
                 self._stream.send(wire.encode_watch_cancel(watch.stream_id))
             watch.stream_id = None
 
+    def leave(self, endpoint: int) -> None:
+        """End the stream if it goes to `endpoint` and another one is well."""
+        if self._stream is None or self._endpoint != endpoint:
+            return
+        policy, now = self._endpoints.policy, trio.current_time()
+        better = policy.choose(now)
+        if better != endpoint and policy.is_well(better, now):
+            # A stopped member is silent on streams, too: pings would find that out much later.
+            self._receiving.cancel()
+
     # ── the stream ──────────────────────────────────────────────────────────────────────────────
 
     async def _run(self) -> None:
@@ -159,7 +175,7 @@ class _Multiplexer:
         endpoint = policy.choose(trio.current_time())
         try:
             async with self._endpoints.channel(endpoint).stream(_WATCH, metadata=wire.HAS_LEADER) as stream:
-                self._begin(stream)
+                self._begin(stream, endpoint)
                 while True:
                     message = await self._receive(stream)
                     policy.succeeded(endpoint)
@@ -170,8 +186,9 @@ class _Multiplexer:
         finally:
             self._end()
 
-    def _begin(self, stream: ByteStream) -> None:
+    def _begin(self, stream: ByteStream, endpoint: int) -> None:
         self._stream = stream
+        self._endpoint = endpoint
         self._last_id = 0
         for watch in self._watches:
             self._create(stream, watch)
@@ -186,7 +203,7 @@ class _Multiplexer:
     async def _receive(self, stream: ByteStream) -> bytes:
         with trio.CancelScope(deadline=self._answer_due()) as self._receiving:
             return await stream.receive()
-        raise ChannelError(StatusCode.DEADLINE_EXCEEDED, "no answer to the creation of a watch")
+        raise ChannelError(StatusCode.DEADLINE_EXCEEDED, "the member keeps silent")
 
     def _answer_due(self) -> float:
         return self._unanswered[0][0] + self._patience if self._unanswered else inf

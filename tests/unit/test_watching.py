@@ -15,7 +15,14 @@ from etcd_infra._backends.rpc import RpcBackend
 from etcd_infra._backends.status import StatusCode
 from etcd_infra._backends.wire_schema import MESSAGES
 from etcd_infra._etcd.model import KeyRange, WatchBatch
-from etcd_infra.errors import AccessDeniedError, CompactedError, EtcdError, InvalidRequestError, StoreResetError
+from etcd_infra.errors import (
+    AccessDeniedError,
+    CompactedError,
+    EtcdError,
+    InvalidRequestError,
+    StoreResetError,
+    UnavailableError,
+)
 from tests.helpers.scripted_channel import ScriptedChannel
 
 KEY = KeyRange.one(b"k")
@@ -278,6 +285,25 @@ async def test_member_that_does_not_answer_a_creation_is_left(autojump_clock):
                 starts[request.start_revision] = request.watch_id
                 again.answer(request.watch_id, created=True, revision=7)
         assert set(starts) == {0, 8}
+
+
+async def test_member_that_fails_calls_loses_the_stream_too(autojump_clock):
+    """A member that does not answer a call is left by the watches at once, if there is a better one."""
+    lost = ChannelError(StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    async with opened(2) as (backend, one, two), watching(backend, one) as (watch, _, _):
+        one.answers += [lost]
+        with pytest.raises(UnavailableError):
+            await backend.get(b"k")
+        again = await two.next_stream()
+        request = await again.next_request()
+        again.answer(request.watch_id, created=True, revision=3)
+        assert (await watch.receive()).created
+
+        two.answers += [lost]
+        with pytest.raises(UnavailableError):
+            await backend.get(b"k")
+        await trio.testing.wait_all_tasks_blocked()
+        assert again.is_open, "all members rest, so there is no better one"
 
 
 async def test_unavailable_reason_takes_all_watches_elsewhere(autojump_clock):
