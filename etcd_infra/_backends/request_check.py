@@ -23,7 +23,7 @@ def check_txn_request(request: Txn) -> None:
     """
     for compare in _compares(request):
         wanted = bytes if compare.target is Target.VALUE else int
-        if not isinstance(compare.operand, wanted):
+        if type(compare.operand) is not wanted:
             raise TypeError(f"{compare.target.name} compares with {wanted.__name__}: {compare.operand!r}")
     if not request.is_read_only:
         refuse_old_reads(request)

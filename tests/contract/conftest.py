@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -17,6 +17,9 @@ from etcd_infra._etcd.model import KeyRange
 from etcd_infra.errors import LeaseNotFoundError
 from etcd_infra.testing import EtcdServer, MemoryEtcd, find_etcd
 from tests.contract.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
 
 MEMORY = "memory"
 
@@ -29,6 +32,12 @@ def _binaries() -> list[str]:
     return [str(found)] if found else []
 
 
+def run_jumping(fn, *, clock, instruments):
+    """Run a test under a clock that jumps over every wait: nothing real is waited for in memory."""
+    assert clock is None
+    return trio.run(fn, clock=MockClock(autojump_threshold=0), instruments=instruments)
+
+
 def _targets() -> list[object]:
     binaries = _binaries()
     names = [Path(binary).name if len(binaries) == 1 else binary for binary in binaries]
@@ -37,7 +46,8 @@ def _targets() -> list[object]:
         for binary, name in zip(binaries, names, strict=True)
     ]
     missing = pytest.param("", id="etcd", marks=pytest.mark.skip(reason="no etcd program here"))
-    return [pytest.param(MEMORY, id=MEMORY), *(real or [missing])]
+    memory = pytest.param(MEMORY, id=MEMORY, marks=pytest.mark.trio(run=run_jumping))
+    return [memory, *(real or [missing])]
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +76,6 @@ def server(target, servers) -> EtcdServer | None:
         trio.run(server.__aenter__)
         servers[target] = server
     return servers[target]
-
-
-@pytest.fixture(autouse=True)
-def clock(target) -> MockClock | None:
-    """Let time jump where nothing real is waited for."""
-    return MockClock(autojump_threshold=0) if target == MEMORY else None
 
 
 @pytest.fixture

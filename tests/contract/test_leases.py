@@ -129,7 +129,9 @@ async def test_keep_alive_answers_the_granted_ttl(world):
     """S-C4: a keep-alive answers the lease's full granted TTL."""
     for ttl, granted in ((1, 2), (7, 7)):
         lease = await world.grant(ttl)
-        assert LeaseRenewal(lease, granted, await world.revision()) == await world.backend.lease_keep_alive(lease)
+        assert LeaseRenewal(lease, granted, await world.revision()) == await world.backend.lease_keep_alive(
+            lease
+        )
 
 
 async def test_time_to_live_counts_down_and_keep_alive_restores(world):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 
 from etcd_infra._etcd.model import Compare, Range, Txn
 from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError, StorageFullError
 from tests.contract.conftest import MEMORY, over_network
-from tests.contract.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.contract.world import World
 
 MIB = 1024 * 1024
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from etcd_infra._etcd.model import DeleteRange, KeyRange, Range, SortTarget
-from tests.contract.world import World
+
+if TYPE_CHECKING:
+    from tests.contract.world import World
 
 
 async def fill(world: World, names: str = "abcdef") -> list[int]:
@@ -47,19 +51,19 @@ async def test_prefix_of_0xff_bytes(world):
 
 
 async def test_prefix_of_only_0xff_bytes_is_open(world):
-    """S-A12: a prefix of only 0xff bytes has the end "\\0", which means to the end of all keys."""
+    r"""S-A12: a prefix of only 0xff bytes has the end "\0", which means to the end of all keys."""
     await world.put("a")
     names = (b"\xff", b"\xff\xff", b"\xff\xff\0")
     for name in names:
         await world.backend.put(name, b"v")
     found = await world.backend.range(Range(KeyRange.prefix(b"\xff")))
-    assert list(sorted(names)) == [kv.key for kv in found.kvs]
+    assert sorted(names) == [kv.key for kv in found.kvs]
     await world.backend.delete(KeyRange.prefix(b"\xff"))
     assert [b"a"] == await world.names()
 
 
 async def test_end_of_one_zero_byte_is_open(world):
-    """S-A12: the end "\\0" means all keys from the first on, and from "\\0" on: all keys."""
+    r"""S-A12: the end "\0" means all keys from the first on, and from "\0" on: all keys."""
     await fill(world)
     since = await world.backend.range(Range(KeyRange.since(world.key("e"))))
     assert [world.key("e"), world.key("f")] == [kv.key for kv in since.kvs]
@@ -96,7 +100,11 @@ async def test_limit_at_an_old_revision(world):
     *_, last = await fill(world)
     await world.backend.delete(world.all)
     found = await world.backend.range(Range(world.all, revision=last, limit=2))
-    assert ([world.key("a"), world.key("b")], 6, True) == ([kv.key for kv in found.kvs], found.count, found.more)
+    assert ([world.key("a"), world.key("b")], 6, True) == (
+        [kv.key for kv in found.kvs],
+        found.count,
+        found.more,
+    )
 
 
 async def test_revision_bounds_filter_keys_but_not_count(world):

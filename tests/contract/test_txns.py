@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from etcd_infra._etcd.model import (
@@ -18,7 +20,9 @@ from etcd_infra._etcd.model import (
     Txn,
 )
 from etcd_infra.errors import CompactedError, FutureRevisionError, InvalidRequestError, LeaseNotFoundError
-from tests.contract.world import World
+
+if TYPE_CHECKING:
+    from tests.contract.world import World
 
 ORDERS = {Operator.EQUAL: (0,), Operator.GREATER: (1,), Operator.LESS: (-1,), Operator.NOT_EQUAL: (-1, 1)}
 DUPLICATE = "etcdserver: duplicate key given in txn request"
@@ -359,7 +363,11 @@ async def test_only_the_taken_nested_branch_is_applied(world):
 async def test_unknown_lease_rejects_everything(world):
     """S-B9: an unknown lease in the taken branch, also when nested, rejects the whole Txn."""
     bad = world.putting("b", lease=0x7EAD)
-    for ops in ((world.putting("a"), bad), (bad, world.putting("a")), (world.putting("a"), Txn(success=(bad,)))):
+    for ops in (
+        (world.putting("a"), bad),
+        (bad, world.putting("a")),
+        (world.putting("a"), Txn(success=(bad,))),
+    ):
         with pytest.raises(LeaseNotFoundError, match="etcdserver: requested lease not found"):
             await world.apply(*ops)
     assert [] == await world.names()
