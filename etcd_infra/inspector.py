@@ -59,11 +59,13 @@ class HealthInfo:
     Attributes:
         healthy: A linearizable read was answered.
         latency: Seconds it took.
+        endpoint: Where it was asked, if the caller said so.
         error: Why it was not.
     """
 
     healthy: bool
     latency: float
+    endpoint: str = ""
     revision: int = 0
     version: str = ""
     member: str = ""
@@ -87,10 +89,12 @@ class Inspector:
     Args:
         backend: Where to read.
         namespace: What to describe; leases and health are those of the whole store.
+        endpoint: Where `backend` leads, for the record.
     """
 
-    def __init__(self, backend: Backend, namespace: str = "") -> None:
+    def __init__(self, backend: Backend, namespace: str = "", *, endpoint: str = "") -> None:
         self._backend = backend
+        self._endpoint = endpoint
         self._keys = Keys(namespace)
 
     async def inspect(self, kind: str, name: str | None = None) -> object:
@@ -155,10 +159,12 @@ class Inspector:
             latency = trio.current_time() - began
             status = await self._backend.status()
         except EtcdError as error:
-            return HealthInfo(healthy=False, latency=trio.current_time() - began, error=str(error))
+            latency = trio.current_time() - began
+            return HealthInfo(healthy=False, latency=latency, endpoint=self._endpoint, error=str(error))
         return HealthInfo(
             healthy=not status.errors,
             latency=latency,
+            endpoint=self._endpoint,
             revision=read.revision,
             version=status.version,
             member=f"{status.member:x}",

@@ -8,7 +8,9 @@ can not do yet is refused; nothing is ever silently plain.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -17,12 +19,32 @@ import trio
 from etcd_infra._backends.endpoints import Endpoint, Endpoints
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
     from contextlib import AbstractAsyncContextManager
 
     from etcd_infra._etcd.backend import Backend
 
 DEFAULT_PORT: Final = 2379
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """
+    Files for TLS, in PEM.
+
+    Attributes:
+        ca: Certificates to trust; None: the system's.
+        cert: Our own certificate, for mutual TLS.
+        key: Its private key.
+        server_name: What the server's certificate must name; None: the endpoint's host.
+    """
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    server_name: str | None = None
+
+
 _CLOSE_SECONDS: Final = 5.0
 
 
@@ -30,7 +52,7 @@ def open_etcd(  # noqa: PLR0913 - all but the first are named
     endpoints: str | Sequence[str],
     *,
     transport: str = "grpcio",
-    tls: object = None,
+    tls: TlsConfig | None = None,
     username: str | None = None,
     password: str | None = None,
     dial_timeout: float = 2.0,
@@ -76,6 +98,8 @@ def parse_endpoints(endpoints: str | Sequence[str]) -> tuple[Endpoint, ...]:
         ValueError: there is none, or one is malformed or asks for https.
         TypeError: one is no str.
     """
+    if not isinstance(endpoints, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"endpoints must be a str or a sequence of them, not {endpoints!r}")
     texts = [endpoints] if isinstance(endpoints, str) else list(endpoints)
     for text in texts:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]

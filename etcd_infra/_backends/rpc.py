@@ -13,12 +13,13 @@ import trio
 
 from etcd_infra._backends import wire
 from etcd_infra._backends.channel import ChannelError
+from etcd_infra._backends.request_check import check_grant, check_txn_request
 from etcd_infra._backends.status import read_error, write_error
 from etcd_infra._backends.watch_cursor import WatchCursor
 from etcd_infra._backends.watching import Watching
 from etcd_infra._etcd.backend import Backend
 from etcd_infra._etcd.model import KeyRange, Range, Txn, WatchRequest
-from etcd_infra.errors import InvalidAnswerError, InvalidRequestError, OutcomeUnknownError
+from etcd_infra.errors import InvalidAnswerError, OutcomeUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,9 +82,9 @@ class RpcBackend(Backend):
 
     async def txn(self, request: Txn, /) -> TxnResult:
         """Implement `Backend.txn`."""
+        check_txn_request(request)
         if request.is_read_only:
             return wire.decode_txn(await self._read(_TXN, wire.encode_txn(request)), request)
-        _refuse_old_reads(request)
         keys = request.written_keys
         return await self._write(
             _TXN,
@@ -121,10 +122,7 @@ class RpcBackend(Backend):
 
     async def lease_grant(self, ttl: int, /, *, lease: int = 0) -> LeaseGrant:
         """Implement `Backend.lease_grant`."""
-        if type(ttl) is not int:
-            raise TypeError(f"a TTL is whole seconds, an int, not {ttl!r}")
-        if lease < 0:
-            raise ValueError(f"a lease id must not be negative: {lease}")
+        check_grant(ttl, lease)
         return await self._write(
             _GRANT,
             wire.encode_lease_grant(ttl, lease),
@@ -215,16 +213,6 @@ class RpcBackend(Backend):
     def _blame(self, endpoint: int) -> None:
         self._endpoints.policy.failed(endpoint, trio.current_time())
         self._watching.leave(endpoint)
-
-
-def _refuse_old_reads(request: Txn) -> None:
-    # etcd: before 3.5.17 a compacted revision inside a writing Txn could apply it in part (#18667), and the
-    # Txn's own revision is "future" there: it never means what was intended.
-    for op in request.success + request.failure:
-        if isinstance(op, Txn):
-            _refuse_old_reads(op)
-        elif isinstance(op, Range) and op.revision > 0:
-            raise InvalidRequestError(f"a Txn that writes must not read at a revision: {op}")
 
 
 def _listed(keys: tuple[bytes, ...]) -> str:

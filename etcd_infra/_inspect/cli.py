@@ -1,0 +1,168 @@
+"""The command line: arguments in, info objects out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import trio
+import typer
+
+from etcd_infra import EtcdInfraError, HealthInfo, Inspector, open_etcd
+
+app = typer.Typer(
+    name="etcd-infra",
+    help="Coordination on etcd: look inside, check health, try it out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+WATCH_SECONDS = 1.0
+
+
+class Kind(StrEnum):
+    """What can be inspected."""
+
+    LOCKS = "locks"
+    SESSIONS = "sessions"
+    LEASES = "leases"
+    HEALTH = "health"
+
+
+class Output(StrEnum):
+    """How it is shown."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Endpoints = Annotated[
+    str,
+    typer.Option(envvar="ETCD_INFRA_ENDPOINTS", help="etcd's URLs, separated by commas."),
+]
+Namespace = Annotated[str, typer.Option(envvar="ETCD_INFRA_NAMESPACE", help="The services' namespace.")]
+DEFAULT_ENDPOINTS = "http://127.0.0.1:2379"
+
+
+@app.command()
+def inspect(  # noqa: PLR0913, PLR0917 - these are the command's options
+    kind: Annotated[Kind | None, typer.Argument(help="What to show; everything if left out.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One lock.")] = None,
+    output: Annotated[Output, typer.Option("--output", "-o", help="How to show it.")] = Output.TABLE,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again each second.")] = False,  # noqa: FBT002
+    namespace: Namespace = "",
+    endpoints: Endpoints = DEFAULT_ENDPOINTS,
+) -> None:
+    """Show who holds and who waits, which sessions and leases live, and how etcd is."""
+    if name is not None and kind is not Kind.LOCKS:
+        raise typer.BadParameter(f"{kind or 'everything'} has no names; NAME goes with locks")
+    kinds = [kind] if kind is not None else list(Kind)
+    _run(_inspect, endpoints, namespace, kinds, name, output, watch)
+
+
+@app.command()
+def health(
+    endpoints: Endpoints = DEFAULT_ENDPOINTS,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 2.0,
+) -> None:
+    """Exit with 0 if etcd answers a linearizable read in time, with 1 if not: a readiness probe."""
+    found = _run(_health, endpoints, timeout)
+    if not isinstance(found, HealthInfo) or not found.healthy:
+        reason = getattr(found, "error", None) or ", ".join(getattr(found, "alarms", ())) or "no answer in time"
+        typer.echo(f"unhealthy: {reason}", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"healthy: revision {found.revision}, {found.latency * 1000:.1f} ms, etcd {found.version}")
+
+
+@app.command("dev-server")
+def dev_server() -> None:
+    """Run a throw-away etcd in the foreground until Ctrl-C."""
+    from etcd_infra._inspect.dev_server import serve
+
+    try:
+        _run(serve)
+    except KeyboardInterrupt:
+        typer.echo("stopped; its data is gone")
+
+
+@app.command()
+def demo(
+    endpoints: Annotated[
+        str | None, typer.Option(help="Use this etcd instead of starting a throw-away one.")
+    ] = None,
+) -> None:
+    """Let three processes fight for one lock while one is killed and one is frozen."""
+    from etcd_infra._inspect.demo import run_demo
+
+    raise typer.Exit(_run(run_demo, endpoints))
+
+
+def _run(function: Any, *arguments: object) -> Any:
+    """Run an async command; errors of etcd and of the arguments become one line and exit code 1 or 2."""
+    try:
+        return trio.run(function, *arguments)
+    except (EtcdInfraError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+async def _inspect(  # noqa: PLR0913, PLR0917
+    endpoints: str, namespace: str, kinds: list[Kind], name: str | None, output: Output, watch: bool
+) -> None:
+    async with open_etcd(endpoints) as backend:
+        inspector = Inspector(backend, namespace)
+        if not watch:
+            _show(await _look(inspector, endpoints, kinds, name), output)
+            return
+        while True:
+            found = await _look(inspector, endpoints, kinds, name)
+            if output is Output.TABLE:
+                sys.stdout.write("\x1b[2J\x1b[H")
+            _show(found, output)
+            await trio.sleep(WATCH_SECONDS)
+
+
+async def _look(
+    inspector: Inspector, endpoints: str, kinds: list[Kind], name: str | None
+) -> dict[Kind, object]:
+    return {
+        kind: await _every_health(endpoints) if kind is Kind.HEALTH else await inspector.inspect(kind.value, name)
+        for kind in kinds
+    }
+
+
+async def _every_health(endpoints: str) -> tuple[HealthInfo, ...]:
+    found: list[HealthInfo] = []
+    for endpoint in filter(None, map(str.strip, endpoints.split(","))):
+        async with open_etcd(endpoint) as backend:
+            found.append(await Inspector(backend, endpoint=endpoint).health())
+    return tuple(found)
+
+
+def _show(found: dict[Kind, object], output: Output) -> None:
+    from etcd_infra._inspect.render import to_json, to_table
+
+    if output is Output.JSON:
+        sole = next(iter(found.values())) if len(found) == 1 else found
+        sys.stdout.write(to_json(sole) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console()
+    for kind, infos in found.items():
+        rows: Sequence[Any] = infos if isinstance(infos, tuple) else (infos,)
+        console.print(to_table(kind.value, rows, now=time.time()))
+
+
+async def _health(endpoints: str, timeout: float) -> HealthInfo | None:  # noqa: ASYNC109 - the probe's own limit
+    with trio.move_on_after(timeout):
+        async with open_etcd(endpoints, call_timeout=timeout) as backend:
+            return await Inspector(backend).health()
+    return None

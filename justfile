@@ -1,0 +1,45 @@
+# The contributor's whole vocabulary. `just setup` first; `just --list` tells the rest.
+
+python := ".venv/bin/python"
+
+# A virtual environment with everything that the other recipes need.
+setup:
+    test -d .venv || python3 -m venv .venv
+    {{python}} -m pip install -q -e ".[dev]"
+
+# Format, lint, types, layers.
+check:
+    {{python}} -m ruff format --check .
+    {{python}} -m ruff check .
+    {{python}} -m basedpyright
+    {{python}} -m pytest -q tests/unit/test_layers.py tests/unit/test_public_api.py
+
+# What needs nothing but Python: README's test command.
+test *ARGS:
+    {{python}} -m pytest {{ARGS}}
+
+# The contract on the in-memory etcd and on every etcd named in ETCD_INFRA_TEST_ETCDS (paths, with colons).
+contract *ARGS:
+    {{python}} -m pytest tests/contract {{ARGS}}
+
+# Everything on real servers, the slow tests included.
+integration *ARGS:
+    {{python}} -m pytest tests/integration -m "slow or not slow" {{ARGS}}
+
+# The wire format on each protobuf major that is allowed, each in an environment of its own.
+protobuf-matrix:
+    .ci/protobuf-matrix
+
+# Locks beside other clients, each in an environment of its own.
+bench *ARGS:
+    {{python}} benchmarks/locks.py {{ARGS}}
+
+# Branch coverage of the package.
+cov:
+    {{python}} -m pip install -q coverage
+    {{python}} -m coverage run -m pytest
+    {{python}} -m coverage report
+
+# A throw-away etcd in the foreground.
+etcd:
+    {{python}} -m etcd_infra dev-server
