@@ -245,12 +245,11 @@ class Store:
         count = len(found) if found is not None else self._keys.count(request.range)
         if request.count_only:
             return RangeResult(count=count)
-        limit = request.limit
+        limit, looks_at_all = request.limit, self._looks_at_all(request)
         if found is None:
             # One more than asked for tells whether there is more.
-            all_needed = limit <= 0 or self._looks_at_all(request)
-            found = self._keys.head(request.range, 0 if all_needed else limit + 1)
-        if self._looks_at_all(request):
+            found = self._keys.head(request.range, 0 if looks_at_all or limit <= 0 else limit + 1)
+        if looks_at_all:
             found = self._sorted([state for state in found if _in_bounds(request, state)], request)
         more = 0 < limit < len(found)
         if more:
@@ -266,8 +265,10 @@ class Store:
 
     @staticmethod
     def _looks_at_all(request: Range) -> bool:
-        return request.sort_by is not None or any(
+        return any(
             (
+                request.sort_by is not None,
+                request.descending,
                 request.min_mod_revision,
                 request.max_mod_revision,
                 request.min_create_revision,
@@ -277,9 +278,9 @@ class Store:
 
     @staticmethod
     def _sorted(found: list[KeyValue], request: Range) -> list[KeyValue]:
-        if request.sort_by is None:
-            return found
-        return sorted(found, key=_SORTS[request.sort_by], reverse=request.descending)
+        # Descending order without a target is that of the keys; ascending they are in it already.
+        by = _SORTS[request.sort_by or SortTarget.KEY]
+        return sorted(found, key=by, reverse=request.descending)
 
     def _put(self, put: Put) -> PutResult:
         revision = self.revision + 1

@@ -140,6 +140,12 @@ async def test_default_order_is_ascending_by_key(world):
     assert [b"a", b"b", b"c", b"d", b"e", b"f"] == await world.names()
 
 
+async def test_descending_without_a_target_is_by_key(world):
+    """S-A11: descending order without a sort target is that of the keys."""
+    await fill(world)
+    assert [b"f", b"e"] == await world.names(descending=True, limit=2)
+
+
 async def sortable(world: World) -> None:
     """Write three keys so that each target sorts them in another way."""
     for name, value in (("b", b"3"), ("c", b"1"), ("a", b"2"), ("c", b"1"), ("c", b"1"), ("b", b"3")):
