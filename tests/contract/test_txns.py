@@ -268,16 +268,6 @@ async def test_nested_put_before_a_nested_delete_passes(world):
     assert KeyValue(world.key("a"), b"v", created, created, 1) == await world.get("a")
 
 
-async def test_open_delete_and_a_put_pass(world):
-    """S-B3: a delete with the open end is overlooked by the check for keys written twice."""
-    await world.put("y")
-    before = await world.revision()
-    open_end = DeleteRange(KeyRange.since(world.key("x")))
-    result = await world.apply(open_end, world.putting("z"))
-    assert (before + 1, 1) == (result.revision, result.results[0].deleted)
-    assert [b"z"] == await world.names()
-
-
 # ── order and answers ───────────────────────────────────────────────────────────────────────────
 
 

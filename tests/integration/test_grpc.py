@@ -248,6 +248,13 @@ async def test_nobody_there_is_unavailable_at_once(server):
         assert trio.current_time() - began < 1.0
 
 
+async def test_name_that_does_not_resolve_is_unavailable():
+    """A host that does not exist has got no request."""
+    async with open_etcd("no-such-host.invalid:2379") as backend:
+        with pytest.raises(UnavailableError):
+            await backend.put(b"k", b"v")
+
+
 async def test_mute_listener_is_unavailable_within_the_dial_timeout():
     """An endpoint that accepts and says nothing has certainly got no request."""
     async with open_mute_listener() as mute, open_etcd(mute, dial_timeout=0.5) as backend:

@@ -62,8 +62,17 @@ async def test_watch_from_a_revision_and_from_now(server):
             assert await collect(present, second) == ([second], 0)
 
 
-async def test_nothing_is_lost_over_restarts_and_resets(server):
+def keeps_promises(version):
+    """Whether a killed server of this version still has every write that it acknowledged (#14370)."""
+    numbers = tuple(map(int, version.split(".")))
+    return (3, 4, 21) <= numbers < (3, 5) or numbers >= (3, 5, 5)
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["restart", "kill"])
+async def test_nothing_is_lost_over_restarts_and_resets(server, is_killed):
     """Across a server that restarts and connections that are reset every revision comes once, in order."""
+    if is_killed and not keeps_promises(server.version):
+        pytest.skip(f"etcd {server.version} may lose acknowledged writes when it is killed")
     chaos = random.Random(1)
     async with (
         open_proxy(server.endpoint) as proxy,
@@ -86,6 +95,8 @@ async def test_nothing_is_lost_over_restarts_and_resets(server):
         for _ in range(6):
             await trio.sleep(chaos.uniform(0.02, 0.2))
             proxy.reset()
+        if is_killed:
+            await server.kill()
         await server.restart()
         proxy.reset()
         await last.wait()
