@@ -58,7 +58,7 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
 )
 
 # The load balancer's and the resolver's words, before a call is given to a connection.
-_NEVER_SENT: Final = ("failed to connect to all addresses", "DNS resolution failed", "Name resolution failure")
+_NEVER_SENT: Final = ("failed to connect to all addresses", "errors resolving ", "DNS resolution failed")
 
 
 class _Inbox:
