@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, Txn
+from etcd_infra._backends.request_check import check_writes
+from etcd_infra._etcd.model import Put, Range, Txn
 from etcd_infra.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from etcd_infra._etcd.model import Compare, Op
 
 MAX_OPS = 128
@@ -91,41 +90,6 @@ def _check_put(put: Put) -> None:
         raise InvalidRequestError("etcdserver: value is provided")
     if put.ignore_lease and put.lease:
         raise InvalidRequestError("etcdserver: lease is provided")
-
-
-# ── no key twice ────────────────────────────────────────────────────────────────────────────────
-
-
-def check_writes(ops: Sequence[Op]) -> None:
-    """Refuse a branch that puts a key twice, or puts what it also deletes."""
-    if len(ops) == 1 and not isinstance(ops[0], Txn):
-        return
-    _writes(ops)
-
-
-def _writes(ops: Sequence[Op]) -> tuple[set[bytes], list[KeyRange]]:
-    # etcd: a delete with the open end is overlooked here (its interval is taken for an inverted one).
-    deleted = [op.range for op in ops if isinstance(op, DeleteRange) and op.range.end != b"\0"]
-    written: set[bytes] = set()
-    for op in ops:
-        if isinstance(op, Txn):
-            # etcd: the two branches of one nested Txn exclude each other and may share keys.
-            puts, deletes = _writes(op.success)
-            other_puts, other_deletes = _writes(op.failure)
-            _add(puts, written, deleted)
-            _add(other_puts - puts, written, deleted)
-            deleted += deletes + other_deletes
-    for op in ops:
-        if isinstance(op, Put):
-            _add((op.key,), written, deleted)
-    return written, deleted
-
-
-def _add(keys: Iterable[bytes], written: set[bytes], deleted: Iterable[KeyRange]) -> None:
-    for key in keys:
-        if key in written or any(key in range_ for range_ in deleted):
-            raise InvalidRequestError("etcdserver: duplicate key given in txn request")
-        written.add(key)
 
 
 # ── size ────────────────────────────────────────────────────────────────────────────────────────
