@@ -2,7 +2,7 @@
 A channel over the grpcio package: the only place where `grpc` is imported and where its threads meet Trio.
 
 House rules. The synchronous API only: `grpc.aio` breaks when event loops run in several threads. This module
-is imported when a backend is entered and not before, because `import grpc` alone takes half a second. Foreign
+is imported when a backend is entered and not before: `import grpc` takes longer than all of ours. Foreign
 threads may touch nothing but `_Inbox.post`; everything else runs in the Trio thread. No gRPC call may block
 the Trio thread.
 """

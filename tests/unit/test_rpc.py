@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import trio
 
@@ -150,6 +152,27 @@ async def test_failure_sends_the_next_call_elsewhere(backend, channels, autojump
     await backend.get(b"k")
 
     assert [len(channel.calls) for channel in channels] == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "success",
+    [
+        answer("RangeResponse"),
+        ChannelError(StatusCode.OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision"),
+    ],
+)
+async def test_any_answer_clears_its_member(success, autojump_clock):
+    """A member that answers, were it a refusal, is well again."""
+    channel = ScriptedChannel()
+    endpoints = Endpoints([Endpoint("h", 1)], lambda _: channel)
+    async with trio.open_nursery() as nursery:
+        backend = RpcBackend(endpoints, nursery, call_timeout=5.0, draw=lambda: 0.5)
+        channel.answers += [LOST, success]
+        with pytest.raises(UnavailableError):
+            await backend.get(b"k")
+        with suppress(EtcdError):
+            await backend.get(b"k")
+    assert endpoints.policy._failures == [0]
 
 
 async def test_refusal_blames_nobody(backend, channels, autojump_clock):

@@ -110,6 +110,7 @@ async def test_refused_creation_raises_on_entering(refused_id, reason, expected,
 
             await stream.next_request()
             stream.answer(refused_id, created=True, canceled=True, cancel_reason=reason)
+        assert not stream.has_request(), "there is nothing to cancel"
         stream.put(healthy_id, 9)
         assert revisions(await healthy.receive()) == [9]
 
@@ -223,6 +224,7 @@ async def test_compaction_is_told_once_the_buffer_is_empty_and_the_watch_is_not_
     async with opened() as (backend, channel), watching(backend, channel) as (watch, stream, id_):
         stream.put(id_, 2)
         stream.answer(id_, revision=0, canceled=True, compact_revision=9)
+        await trio.testing.wait_all_tasks_blocked()
         assert revisions(await watch.receive()) == [2]
         for _ in range(2):
             with pytest.raises(CompactedError) as caught:
@@ -250,6 +252,15 @@ async def test_first_retry_is_made_at_once_and_the_next_ones_wait(autojump_clock
         assert waits == sorted(waits)
         assert 0 < waits[0] < 0.1
         assert waits[-1] <= 1.0
+
+
+async def test_answering_stream_clears_its_endpoint(autojump_clock):
+    """An endpoint whose stream answers again is well: its next rest is a short one."""
+    async with opened() as (backend, channel), watching(backend, channel) as (_, stream, _):
+        for _ in range(3):
+            stream, _ = await reconnect(channel, stream, revision=2)  # noqa: PLW2901
+        await trio.testing.wait_all_tasks_blocked()
+        assert backend._endpoints.policy._failures == [0]
 
 
 async def test_broken_stream_moves_to_another_endpoint(autojump_clock):
@@ -376,6 +387,30 @@ async def test_big_events_fill_a_buffer_too(monkeypatch, autojump_clock):
         assert revisions(await watch.receive()) == [2]
 
 
+async def test_unread_progress_fills_a_buffer_too(monkeypatch, autojump_clock):
+    """A batch without events takes room as well."""
+    monkeypatch.setattr(watch_buffer, "MAX_EVENTS", 3)
+    async with opened() as (backend, channel), watching(backend, channel) as (watch, stream, id_):
+        for revision in range(2, 5):
+            stream.answer(id_, revision=revision)
+        assert (await stream.next_request()).watch_id == id_
+        assert [await watch.receive() for _ in range(3)] == [WatchBatch(revision) for revision in range(2, 5)]
+
+
+async def test_cancelled_receive_of_a_drained_watch_asks_once(monkeypatch, autojump_clock):
+    """A consumer that gives up and comes back does not have its watch created twice."""
+    monkeypatch.setattr(watch_buffer, "MAX_EVENTS", 1)
+    async with opened() as (backend, channel), watching(backend, channel) as (watch, stream, id_):
+        stream.put(id_, 2)
+        await stream.next_request()
+        await watch.receive()
+        for _ in range(2):
+            with trio.move_on_after(1):
+                await watch.receive()
+        assert (await stream.next_request()).start_revision == 3
+        assert not stream.has_request()
+
+
 async def test_full_watch_is_not_made_anew_with_the_stream(monkeypatch, autojump_clock):
     """A stream that breaks while a consumer is behind does not bring its watch back before it has caught up."""
     monkeypatch.setattr(watch_buffer, "MAX_EVENTS", 1)
@@ -394,8 +429,9 @@ async def test_full_watch_is_not_made_anew_with_the_stream(monkeypatch, autojump
         assert revisions(await slow.receive()) == [2]
 
 
-async def test_flapping_stream_does_not_fill_the_buffer(autojump_clock):
+async def test_flapping_stream_does_not_fill_the_buffer(monkeypatch, autojump_clock):
     """Creations that nobody has looked at yet are told once, as the last one."""
+    monkeypatch.setattr(watch_buffer, "MAX_EVENTS", 3)
     async with opened() as (backend, channel), watching(backend, channel) as (watch, stream, _):
         id_ = 0
         for revision in range(10, 20):
@@ -434,6 +470,10 @@ async def test_reset_store_is_told(autojump_clock):
         assert (await watch.receive()).created
         with pytest.raises(StoreResetError, match=r"11.*41"):
             await watch.receive()
+        reads = [
+            MESSAGES["RangeRequest"].FromString(sent) for method, sent, *_ in channel.calls if "Range" in method
+        ]
+        assert [(read.serializable, read.count_only) for read in reads] == [(False, True)] * 2
 
 
 async def test_lagging_member_is_no_reset(autojump_clock):

@@ -223,6 +223,8 @@ def test_lease_answers():
 
     assert LeaseGrant(5, 2, 9) == wire.decode_lease_grant(grant)
     assert LeaseRenewal(5, 0, 9) == wire.decode_lease_keep_alive(renewal, 5)
+    negative = message("LeaseKeepAliveResponse", header=header(), ID=5, TTL=-1).SerializeToString()
+    assert LeaseRenewal(5, 0, 9) == wire.decode_lease_keep_alive(negative, 5)
     assert LeaseTimeToLive(5, -1, keys=(b"a",), revision=9) == wire.decode_lease_time_to_live(left, 5)
     assert wire.decode_lease_list(listed.SerializeToString()) == (1, 2)
 
