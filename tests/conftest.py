@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
-from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from etcd_infra._etcd.backend import Backend
-from etcd_infra.coordinator import Coordinator, open_coordinator
+from etcd_infra.coordinator import open_coordinator
 from etcd_infra.testing import MemoryEtcd
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from etcd_infra._etcd.backend import Backend
+    from etcd_infra.coordinator import Coordinator
 
 NAMESPACE = "test"
 

@@ -207,7 +207,7 @@ class MemoryNode(Backend):
             yield stream
         finally:
             del self._streams[stream]
-            stream.cut()
+            stream.close()
 
     async def compact(self, revision: int, /) -> int:
         """Forget the history before `revision`."""
@@ -287,6 +287,8 @@ class MemoryEtcd(MemoryNode):
     """
     An etcd inside this process: a backend by itself, and the store behind any number of `node`s.
 
+    With nodes of its own for the simulated processes it serves as the observer that no fault concerns.
+
     Args:
         min_ttl: Seconds; the TTL that shorter ones are raised to (a real etcd's default is 2).
         call_timeout: Seconds after which a call that a partition swallowed ends.
@@ -328,7 +330,7 @@ class _MemoryWatch(WatchStream):
         self._cursor = cursor
         self._watcher: Watcher | None = None
         self._woken = trio.Event()
-        self._failure: EtcdError | None = None
+        self._failure: Exception | None = None
 
     async def open(self) -> None:
         """Wait until the watch is created for the first time."""
@@ -349,6 +351,12 @@ class _MemoryWatch(WatchStream):
         if self._watcher is not None:
             self._watcher.close()
             self._watcher = None
+
+    def close(self) -> None:
+        """End the watch for good: its block was left."""
+        self.cut()
+        self._failure = self._failure or trio.ClosedResourceError("this watch was left")
+        self.wake()
 
     def wake(self) -> None:
         """Let a sleeping `receive` look again."""
@@ -377,7 +385,8 @@ class _MemoryWatch(WatchStream):
         return None
 
     async def _sleep(self) -> None:
-        self._woken = trio.Event()
+        if self._woken.is_set():
+            self._woken = trio.Event()
         with trio.move_on_at(self._next_reason()):
             await self._woken.wait()
 

@@ -16,7 +16,7 @@ import sortedcontainers  # pyright: ignore[reportMissingTypeStubs]
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from etcd_infra._etcd.model import KeyRange, KeyValue
+    from etcd_infra._etcd.model import KeyRange, KeyValue, Range
 
 _mod_revision = attrgetter("mod_revision")
 
@@ -125,3 +125,13 @@ class KeySpace:
             if key in self._states and not states:
                 del self._states[key]
                 self._known_keys.remove(key)
+
+
+def in_bounds(request: Range, state: KeyValue) -> bool:
+    """Say whether a read's bounds on revisions let a key through."""
+    return (
+        state.mod_revision >= request.min_mod_revision
+        and state.create_revision >= request.min_create_revision
+        and (not request.max_mod_revision or state.mod_revision <= request.max_mod_revision)
+        and (not request.max_create_revision or state.create_revision <= request.max_create_revision)
+    )

@@ -5,8 +5,8 @@ No I/O, no clock, no randomness, no Trio: the body of `MemoryEtcd`, the oracle o
 the property tests. Every verb takes `now`, in seconds on any clock that does not go back, and first lets the
 leases run out whose time is over by then.
 
-Source: etcd `server/etcdserver/apply.go`, `server/storage/mvcc/kvstore_txn.go`; the facts, one by one, are
-in `tests/contract/`. Small overridable methods hold one rule each, so that a test can break one.
+Source: etcd `server/etcdserver/apply.go`, `server/storage/mvcc/kvstore_txn.go`; the facts are in
+`tests/contract/`. Small overridable methods hold one rule each, so that a test can break one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from etcd_infra._backends.memory_keys import KeySpace
+from etcd_infra._backends.memory_keys import KeySpace, in_bounds
 from etcd_infra._backends.memory_leases import Lease, Leases
 from etcd_infra._backends.memory_txn_check import MAX_OPS, check_range, check_size, check_txn, has_put
 from etcd_infra._backends.memory_watch import PROGRESS_SECONDS, Commit, History, Watcher, Watchers
@@ -90,12 +90,7 @@ _Step: TypeAlias = "Range | Put | DeleteRange | _Path"
 
 
 class Store:
-    """
-    One etcd.
-
-    `full` is the NOSPACE alarm: puts and grants are refused while it is set. `history` has every commit
-    since the beginning.
-    """
+    """One etcd: `full` is its NOSPACE alarm, and `history` has every commit since the beginning."""
 
     def __init__(
         self,
@@ -220,7 +215,8 @@ class Store:
     def _check_revision(self, revision: int) -> None:
         if revision > self.revision:
             raise FutureRevisionError("etcdserver: mvcc: required revision is a future revision")
-        if revision and revision < self.compact_revision:
+        # etcd: inside a Txn a negative revision is a compacted one (all but -1 before the first compaction).
+        if revision and revision < self.history.compacted:
             raise CompactedError("etcdserver: mvcc: required revision has been compacted")
 
     def _apply(self, path: _Path) -> tuple[OpResult, ...]:
@@ -250,7 +246,7 @@ class Store:
             # One more than asked for tells whether there is more.
             found = self._keys.head(request.range, 0 if looks_at_all or limit <= 0 else limit + 1)
         if looks_at_all:
-            found = self._sorted([state for state in found if _in_bounds(request, state)], request)
+            found = self._sorted([state for state in found if in_bounds(request, state)], request)
         more = 0 < limit < len(found)
         if more:
             found = found[:limit]
@@ -399,12 +395,3 @@ class Store:
             if state is not None:
                 self._remove(state)
         self._commit()
-
-
-def _in_bounds(request: Range, state: KeyValue) -> bool:
-    return (
-        state.mod_revision >= request.min_mod_revision
-        and state.create_revision >= request.min_create_revision
-        and (not request.max_mod_revision or state.mod_revision <= request.max_mod_revision)
-        and (not request.max_create_revision or state.create_revision <= request.max_create_revision)
-    )

@@ -38,7 +38,7 @@ def refuse_old_reads(request: Txn) -> None:
     for op in request.success + request.failure:
         if isinstance(op, Txn):
             refuse_old_reads(op)
-        elif isinstance(op, Range) and op.revision > 0:
+        elif isinstance(op, Range) and op.revision:
             raise InvalidRequestError(f"a Txn that writes must not read at a revision: {op}")
 
 

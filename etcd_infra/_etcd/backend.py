@@ -86,7 +86,7 @@ class Backend(ABC):
         Evaluate the compares and apply one branch, atomically.
 
         Raises:
-            LeaseNotFoundError: a put of the taken branch names a lease that does not exist; nothing was written.
+            LeaseNotFoundError: a put of the taken branch names a lease that is gone; nothing was written.
             StorageFullError: some branch has a put, and the quota is used up; nothing was written.
         """
 

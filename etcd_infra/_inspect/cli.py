@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import trio
 import typer
 
 from etcd_infra import EtcdInfraError, HealthInfo, Inspector, open_etcd
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 app = typer.Typer(
     name="etcd-infra",
@@ -114,7 +116,12 @@ def _run(function: Any, *arguments: object) -> Any:
 
 
 async def _inspect(  # noqa: PLR0913, PLR0917
-    endpoints: str, namespace: str, kinds: list[Kind], name: str | None, output: Output, watch: bool
+    endpoints: str,
+    namespace: str,
+    kinds: list[Kind],
+    name: str | None,
+    output: Output,
+    watch: bool,  # noqa: FBT001
 ) -> None:
     async with open_etcd(endpoints) as backend:
         inspector = Inspector(backend, namespace)
@@ -133,7 +140,9 @@ async def _look(
     inspector: Inspector, endpoints: str, kinds: list[Kind], name: str | None
 ) -> dict[Kind, object]:
     return {
-        kind: await _every_health(endpoints) if kind is Kind.HEALTH else await inspector.inspect(kind.value, name)
+        kind: await _every_health(endpoints)
+        if kind is Kind.HEALTH
+        else await inspector.inspect(kind.value, name)
         for kind in kinds
     }
 
@@ -157,7 +166,7 @@ def _show(found: dict[Kind, object], output: Output) -> None:
 
     console = Console()
     for kind, infos in found.items():
-        rows: Sequence[Any] = infos if isinstance(infos, tuple) else (infos,)
+        rows = cast("Sequence[Any]", infos if isinstance(infos, tuple) else (infos,))
         console.print(to_table(kind.value, rows, now=time.time()))
 
 

@@ -186,9 +186,8 @@ async def _play(story: Story, show: Callable[[], None], endpoint: str, namespace
             await _measure_hand_over(story, stage, frozen, "freeze")
             await trio.sleep(CALM_SECONDS / 2)
             stage.send(frozen, signal.SIGCONT, "was woken")
-            with trio.fail_after(10):
-                while not story.refused and not story.broken:
-                    await trio.sleep(0.05)
+            with trio.move_on_after(HAND_OVER_LIMIT_SECONDS):
+                await stage.wait_said("stale-write-refused")
             await trio.sleep(CALM_SECONDS / 2)
         finally:
             with trio.CancelScope(shield=True):
@@ -236,7 +235,9 @@ def _summarise(console: Console, story: Story, verdict: Verdict, seconds: float)
     console.print(f"{verdict.writes} writes of the ledger, each by the owner of its revision")
     if gaps:
         worst = gaps[-1] * 1000
-        console.print(f"{len(gaps)} hand-overs: median {gaps[len(gaps) // 2] * 1000:.1f} ms, worst {worst:.1f} ms")
+        console.print(
+            f"{len(gaps)} hand-overs: median {gaps[len(gaps) // 2] * 1000:.1f} ms, worst {worst:.1f} ms"
+        )
     for what, gap in story.slow_hand_overs:
         console.print(f"hand-over after the {what}: {gap:.2f} s")
     console.print(f"{story.refused} stale write(s) refused by etcd")

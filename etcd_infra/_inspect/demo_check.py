@@ -57,7 +57,7 @@ class _Replay:
         owner = min(self._waiting.values(), default=0)
         if said["token"] != owner:
             self.verdict.broken.append(
-                f"revision {event.revision}: {said['writer']} wrote with token {said['token']}, owner was {owner}"
+                f"revision {event.revision}: {said['writer']} wrote with {said['token']}, owner was {owner}"
             )
 
 

@@ -68,4 +68,4 @@ async def run(endpoint: str, namespace: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(run, *sys.argv[1:])
+    trio.run(run, sys.argv[1], sys.argv[2], sys.argv[3])

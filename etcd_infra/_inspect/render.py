@@ -46,7 +46,7 @@ def to_table(kind: str, infos: Sequence[Any], *, now: float) -> Table | str:
     return table
 
 
-def _cell(name: str, value: object, now: float) -> str:
+def _cell(name: str, value: object, now: float) -> str:  # noqa: PLR0911 - one per kind of value
     match value:
         case None | ():
             return "-"

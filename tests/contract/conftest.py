@@ -38,7 +38,8 @@ def run_jumping(fn, *, clock, instruments):
     return trio.run(fn, clock=MockClock(autojump_threshold=0), instruments=instruments)
 
 
-def _targets() -> list[object]:
+def real_targets() -> list[object]:
+    """List the programs at hand, as parameters of the fixture `target`."""
     binaries = _binaries()
     names = [Path(binary).name if len(binaries) == 1 else binary for binary in binaries]
     real = [
@@ -46,8 +47,7 @@ def _targets() -> list[object]:
         for binary, name in zip(binaries, names, strict=True)
     ]
     missing = pytest.param("", id="etcd", marks=pytest.mark.skip(reason="no etcd program here"))
-    memory = pytest.param(MEMORY, id=MEMORY, marks=pytest.mark.trio(run=run_jumping))
-    return [memory, *(real or [missing])]
+    return real or [missing]
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def servers() -> Iterator[dict[str, EtcdServer]]:
         trio.run(server.__aexit__, None, None, None)
 
 
-@pytest.fixture(params=_targets())
+@pytest.fixture(params=[pytest.param(MEMORY, marks=pytest.mark.trio(run=run_jumping)), *real_targets()])
 def target(request) -> str:
     """Name the etcd under test: the in-memory one, or a program."""
     return request.param

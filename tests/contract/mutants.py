@@ -9,8 +9,10 @@ Each overrides as little as it can. `test_mutants.py` names the fact that tells 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from etcd_infra._backends.memory import MemoryEtcd
 from etcd_infra._backends.memory_leases import Lease, Leases
 from etcd_infra._backends.memory_store import Store
 from etcd_infra._backends.memory_watch import Commit, History, Watcher, Watchers
@@ -21,9 +23,17 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.model import Compare, DeleteRangeResult, RangeResult, TxnResult, WatchRequest
 
 
+class Unchecked(MemoryEtcd):
+    """An etcd whose backend leaves all checks to the store."""
+
+    async def txn(self, request: Txn, /) -> TxnResult:
+        return await self._write("a transaction", partial(self._store.txn, request))
+
+
 class Mutant(Store):
     """A store that is put together from replaceable parts."""
 
+    etcd: type[MemoryEtcd] = MemoryEtcd
     leases: type[Leases] = Leases
     watcher: type[Watcher] = Watcher
 
@@ -233,6 +243,8 @@ class OperatorIsTurnedAround(Mutant):
 class DuplicateKeysAreAllowed(Mutant):
     """A key may be put twice in one branch: the check is missing."""
 
+    etcd = Unchecked
+
     def txn(self, request: Txn, now: float) -> TxnResult:
         try:
             return super().txn(request, now)
@@ -244,6 +256,8 @@ class DuplicateKeysAreAllowed(Mutant):
 
 class OtherBranchIsNotChecked(Mutant):
     """Only the branch that is taken is checked."""
+
+    etcd = Unchecked
 
     def txn(self, request: Txn, now: float) -> TxnResult:
         taken = super()._choose(Txn(request.compare)).succeeded

@@ -25,7 +25,7 @@ from etcd_infra._etcd.model import (
 )
 from etcd_infra.errors import EtcdError, InvalidRequestError
 from etcd_infra.testing import MemoryEtcd
-from tests.contract.conftest import MEMORY
+from tests.contract.conftest import real_targets
 from tests.contract.world import receive
 
 if TYPE_CHECKING:
@@ -192,11 +192,10 @@ async def events(backend: Backend, start: int, last: int) -> list[Event]:
     return found
 
 
+@pytest.mark.parametrize("target", real_targets(), indirect=True)
 @pytest.mark.parametrize("seed", range(2))
-async def test_every_answer_is_the_same(target, fresh, seed):
+async def test_every_answer_is_the_same(fresh, seed):
     """Whatever is asked, in whatever order, the in-memory etcd answers and remembers what a real one does."""
-    if target == MEMORY:
-        pytest.skip("nothing to compare with")
     plan, real, memory = Plan(seed), fresh.backend, MemoryEtcd()
     for number in range(REQUESTS):
         text, call = plan.request()

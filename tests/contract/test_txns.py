@@ -391,6 +391,16 @@ async def test_old_revisions_in_a_reading_txn(world):
             await world.apply(Range(world.all), Range(world.all, revision=revision))
 
 
+async def test_negative_revisions_in_a_reading_txn(world):
+    """S-B9: inside a Txn, unlike outside of one, a negative revision is a compacted one."""
+    last = await world.put("a")
+    await world.backend.compact(last)
+    for revision in (-1, -7):
+        assert b"v" == (await world.get("a", revision=revision)).value
+        with pytest.raises(CompactedError):
+            await world.apply(Range(world.one("a"), revision=revision))
+
+
 async def test_old_revisions_in_a_writing_txn_are_refused(world):
     """S-B9: a Txn that may write is refused if it reads at a revision, before old servers get confused by it."""
     revision = await world.put("a")

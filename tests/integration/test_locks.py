@@ -8,16 +8,17 @@ import signal
 import sys
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
+
+from etcd_infra import LockLostError, open_coordinator, open_etcd
+from etcd_infra.abc import KeyRange, Txn
+from etcd_infra.testing import EtcdServer, find_etcd
 from tests.helpers.cluster import open_cluster
 from tests.helpers.etcds import etcdctl_beside, every_etcd
 from tests.helpers.proxy import open_proxy
-
-from etcd_infra import LockLostError, open_coordinator, open_etcd
-from etcd_infra.abc import KeyRange, Put, Txn
-from etcd_infra.testing import EtcdServer, find_etcd
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(find_etcd() is None, reason="no etcd program here")]
 
@@ -224,9 +225,7 @@ async def test_endurance_leaves_nothing():
                 threads = threading.active_count()
         assert threads >= threading.active_count()
         assert () == await backend.lease_list()
-        assert [b"ns/epoch"] == [
-            event.key async for event in everything(backend)
-        ]
+        assert [b"ns/epoch"] == [event.key async for event in everything(backend)]
 
 
 async def everything(backend):
@@ -236,8 +235,8 @@ async def everything(backend):
         yield kv
 
 
-def run_cli(*arguments, **options):
-    return trio.run_process(
+async def run_cli(*arguments, **options):
+    return await trio.run_process(
         [sys.executable, "-m", "etcd_infra", *arguments],
         capture_stdout=True,
         capture_stderr=True,
@@ -262,7 +261,9 @@ async def test_command_line_on_a_real_etcd():
                 assert word in done.stdout
             done = await run_cli("health", "--endpoints", server.endpoint)
             assert 0 == done.returncode, done.stderr
-            done = await run_cli("inspect", "locks", env={**os.environ, "ETCD_INFRA_ENDPOINTS": server.endpoint})
+            done = await run_cli(
+                "inspect", "locks", env={**os.environ, "ETCD_INFRA_ENDPOINTS": server.endpoint}
+            )
             assert b"locks: none" in done.stdout
     done = await run_cli("health", "--endpoints", server.endpoint, "--timeout", "1")
     assert 1 == done.returncode
@@ -288,3 +289,15 @@ async def test_dev_server_runs_until_interrupted():
         assert 0 == await process.wait()
         done = await run_cli("health", "--endpoints", endpoint)
         assert 1 == done.returncode
+
+
+async def test_examples_run_on_a_real_etcd():
+    """Each example of the documentation that takes endpoints runs on a real etcd, too."""
+    examples = Path(__file__).parents[2] / "docs" / "examples"
+    async with EtcdServer() as server:
+        environment = {**os.environ, "ETCD_INFRA_ENDPOINTS": server.endpoint}
+        for name in ("one_lock.py", "nightly.py"):
+            done = await trio.run_process(
+                [sys.executable, examples / name], env=environment, capture_stdout=True
+            )
+            assert done.stdout.strip()

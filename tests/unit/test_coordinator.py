@@ -6,11 +6,11 @@ import random
 
 import pytest
 import trio
-from tests.conftest import open_infra
 
 from etcd_infra import Call, Inspector, SessionLostError, UnavailableError, open_coordinator
 from etcd_infra._session.scopes import open_background
 from etcd_infra.testing import FaultyBackend, MemoryEtcd
+from tests.conftest import open_infra
 
 VARIABLES = ("ENDPOINTS", "NAMESPACE", "USERNAME", "PASSWORD", "CACERT", "CERT", "KEY", "TRANSPORT", "NODE_ID")
 
@@ -70,7 +70,14 @@ async def test_environment_names_everything(monkeypatch):
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("TRANSPORT", "http2"), ("USERNAME", "root"), ("PASSWORD", "secret"), ("CACERT", "ca.pem"), ("CERT", "c"), ("KEY", "k")],
+    [
+        ("TRANSPORT", "http2"),
+        ("USERNAME", "root"),
+        ("PASSWORD", "secret"),
+        ("CACERT", "ca.pem"),
+        ("CERT", "c"),
+        ("KEY", "k"),
+    ],
 )
 async def test_environment_is_never_silently_ignored(monkeypatch, variable, value):
     """What the environment asks for and can not be done yet raises; a secret is not in the text."""
@@ -173,7 +180,9 @@ async def test_inspector_describes_sessions_leases_and_health(etcd, autojump_clo
     assert before == health.revision
 
 
-@pytest.mark.parametrize(("kind", "name"), [("nonsense", None), ("leases", "x"), ("health", "x"), ("Locks", None)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("nonsense", None), ("leases", "x"), ("health", "x"), ("Locks", None)]
+)
 async def test_inspecting_what_is_not_there(etcd, autojump_clock, kind, name):
     """Unknown kinds, and names where there are none, are ValueErrors."""
     with pytest.raises(ValueError, match=kind):

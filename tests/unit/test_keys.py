@@ -43,7 +43,9 @@ def test_no_lines_keys_are_anothers(namespace, one, other):
     assert one == keys.parse_lock(key)
 
 
-@pytest.mark.parametrize(("name", "error"), [("", ValueError), ("é" * 257, ValueError), (7, TypeError), (b"x", TypeError)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("", ValueError), ("é" * 257, ValueError), (7, TypeError), (b"x", TypeError)]
+)
 def test_bad_names_are_refused(name, error):
     """Empty, over-long and non-str names are refused with the name in the text."""
     with pytest.raises(error):

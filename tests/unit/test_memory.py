@@ -442,6 +442,15 @@ async def test_closed_watches_are_forgotten(clock):
     assert ({}, {}) == (etcd.store._watchers._by_key, etcd.store._watchers._by_range)
 
 
+async def test_watch_that_was_left_is_closed(clock):
+    """A watch whose block was left delivers nothing any more, and says so."""
+    etcd = MemoryEtcd()
+    async with etcd.watch(KEY) as stream:
+        await etcd.put(b"a", b"1")
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.receive()
+
+
 async def test_snapshot_is_the_whole_state(clock):
     """A snapshot has the revisions, the keys and the leases; the history has every commit, compacted or not."""
     etcd = MemoryEtcd()

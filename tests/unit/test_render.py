@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -12,10 +13,9 @@ from etcd_infra._inspect.render import to_json, to_table
 
 
 def text(kind, infos, now=1000.0):
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))
-    with console.file:
-        console.print(to_table(kind, infos, now=now))
-        return console.export_text()
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(to_table(kind, infos, now=now))
+    return console.export_text()
 
 
 def test_rows_name_what_is_missing():
@@ -39,7 +39,10 @@ def test_many_fields_stand_below_each_other():
     assert "yes" in shown
 
 
-@pytest.mark.parametrize(("age", "expected"), [(5, "5 s"), (-3, "0 s"), (119, "119 s"), (600, "10 min"), (90_000, "25 h"), (10**6, "11 d")])
+@pytest.mark.parametrize(
+    ("age", "expected"),
+    [(5, "5 s"), (-3, "0 s"), (119, "119 s"), (600, "10 min"), (90_000, "25 h"), (10**6, "11 d")],
+)
 def test_ages(age, expected):
     """Ages are rounded to a unit that says something; a clock ahead of ours gives no negative ones."""
     assert f"{expected} ago" in text("locks", (LockInfo("job", acquired_at=1000.0 - age),))

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import trio
-from tests.conftest import NAMESPACE, open_infra
 
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, LeaseRenewal
@@ -21,6 +20,7 @@ from etcd_infra.errors import (
     UnavailableError,
 )
 from etcd_infra.testing import FaultyBackend, MemoryEtcd, RecordingBackend
+from tests.conftest import NAMESPACE, open_infra
 
 KEYS = Keys(NAMESPACE)
 
@@ -79,7 +79,7 @@ async def test_adopted_lease_is_trusted_from_the_first_send(etcd, autojump_clock
 
 async def test_cancelled_while_opening_leaves_nothing(etcd, autojump_clock):
     """Cancelled at any moment of opening, no lease stays."""
-    for hundredths in range(0, 12):
+    for hundredths in range(12):
         slow = FaultyBackend(etcd.node("slow"))
         slow.only = lambda *_: True
         slow.delay_next(0.05)

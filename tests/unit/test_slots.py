@@ -6,12 +6,12 @@ import random
 
 import pytest
 import trio
-from tests.conftest import open_infra
-from tests.helpers.cancelling import cancelled_at
 
 from etcd_infra._etcd.model import Compare, KeyRange, Put, Range, Txn
 from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError, SessionLostError
 from etcd_infra.testing import FaultyBackend, MemoryEtcd, RecordingBackend
+from tests.conftest import open_infra
+from tests.helpers.cancelling import cancelled_at
 
 KEY = b"n"
 FAULTS = ["lose_next_answer", "lose_next_request", "refuse_next"]
