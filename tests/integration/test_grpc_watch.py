@@ -244,10 +244,8 @@ async def test_member_without_quorum_ends_the_stream():
             assert await backend.get(b"w/a", serializable=True) is None
             for member in members[1:]:
                 member.resume()
-            began = trio.current_time()
-            with trio.fail_after(10):
+            with trio.fail_after(5):
                 assert (await watch.receive()).created
-            print(f"created again {trio.current_time() - began:.1f} s after the quorum was back")  # noqa: T201
 
 
 @pytest.mark.slow
