@@ -268,6 +268,21 @@ async def test_nested_put_before_a_nested_delete_passes(world):
     assert KeyValue(world.key("a"), b"v", created, created, 1) == await world.get("a")
 
 
+async def test_put_inside_an_open_delete_is_refused(world):
+    """S-B3: a put inside an open-ended delete, which etcd overlooks and dies of, is refused before it is sent."""
+    await world.put("a")
+    open_end = DeleteRange(KeyRange.since(world.key("a")))
+    for ops in (
+        (open_end, Put(world.key("a"), ignore_value=True)),
+        (world.putting("b"), open_end),
+        (Txn(success=(open_end,)), world.putting("b")),
+    ):
+        for txn in (Txn(success=ops), Txn(failure=ops)):
+            with pytest.raises(InvalidRequestError, match=DUPLICATE):
+                await world.backend.txn(txn)
+    assert [b"a"] == await world.names()
+
+
 # ── order and answers ───────────────────────────────────────────────────────────────────────────
 
 
@@ -409,6 +424,7 @@ async def test_old_revisions_in_a_writing_txn_are_refused(world):
         Txn(success=(world.putting("b"), past)),
         Txn(success=(past,), failure=(world.putting("b"),)),
         Txn(success=(world.deleting("a"), Txn(success=(past,)))),
+        Txn(success=(world.putting("b"), Range(world.all, revision=-1))),
     ):
         with pytest.raises(InvalidRequestError):
             await world.backend.txn(txn)
