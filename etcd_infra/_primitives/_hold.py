@@ -78,13 +78,12 @@ class Hold:
         fence: Fence,
         *,
         own: OwnLease | None,
-        forget: Callable[[], object],
     ) -> None:
         self.fence = fence
         self._session = session
         self._place = place
         self._own = own
-        self._forget = forget
+        self._owner: tuple[bytes, trio.lowlevel.Task] | None = None
         self._lease = own.lease if own else session.lease
         self._key_gone = False
         self._released = False
@@ -179,7 +178,16 @@ class Hold:
             raise loss
         await trio.lowlevel.checkpoint_if_cancelled()
 
+    def is_held(self) -> bool:
+        """Whether it is held, by what this process knows at this moment."""
+        return self.status is LockStatus.ACQUIRED
+
     # ── for the primitives ──────────────────────────────────────────────────────────────────────
+
+    def own(self, owner: tuple[bytes, trio.lowlevel.Task]) -> None:
+        """Note which task acquired it."""
+        self._owner = owner
+        self._session.owners[owner] = self
 
     @asynccontextmanager
     async def scope(self) -> AsyncGenerator[Hold]:
@@ -230,24 +238,25 @@ class Hold:
         if status is LockStatus.RELEASED:
             return None
         self._released = status is LockStatus.ACQUIRED
-        self._forget()
+        if self._owner is not None and self._session.owners.get(self._owner) is self:
+            del self._session.owners[self._owner]
         until = clean_up_deadline()
-        there = await self._place.leave(until=until)
-        if self._own is not None:
-            await self._own.end(until=until)
-        if self._released and there is False:
+        if await self._place.leave(until=until) is False and self._released:
             # The key was gone before we let go of it: somebody deleted it, or our lease.
             self._released, self._key_gone = False, True
+        if not self._released:
+            await self._find_out_why(until)
+        if self._own is not None:
+            await self._own.end(until=until)
         if self._released:
             self._session.tally.lock_releases += 1
             return None
-        await self._find_out_why(until)
         return self._loss(self.status)
 
     async def _find_out_why(self, until: float) -> None:
         # A deleted key may be an operator's doing, or the lease's end: only etcd can tell which.
         with trio.move_on_at(until, shield=True), suppress(EtcdError, SessionLostError):
-            if not self._lease.is_lost() and self._own is None:
+            if not self._lease.is_lost():
                 await self._lease.renew()
 
     def _on_key_gone(self) -> None:

@@ -175,9 +175,10 @@ class Place:
             return None
         except LeaseNotFoundError as error:
             self._unanswered = unanswered
-            gone = SessionLostError(f"lease {self._lease.id:x} does not exist any more")
-            self._lease.lose(gone)
-            raise gone from error
+            self._lease.lose(SessionLostError(f"lease {self._lease.id:x} does not exist any more"))
+            self._session.check()
+            msg = f"the lock's own lease ended before its key was written: {self._lease.error}"
+            raise LockLostError(msg) from error
         except EtcdError:
             self._unanswered = unanswered
             raise
@@ -276,6 +277,9 @@ class Place:
             mine = Compare.created_at(self.key, self.token)
             answer = await self._session.backend.txn(Txn((mine,), (DeleteRange(KeyRange.one(self.key)),)))
             there = answer.succeeded
+            if there:
+                # Whoever waits in this process need not wait for the event as well.
+                self.watch.deliver_deleted(self.key, answer.revision)
         self._left()
         return there
 

@@ -170,14 +170,14 @@ class Lock:
     async def _acquire(self, *, wait: bool) -> Hold | None:
         session = await self._sessions.current()
         owner = (self._line, trio.lowlevel.current_task())
-        if owner in session.owners:
+        if owner in session.owners and ((held := session.owners[owner]) is None or held.is_held()):
             msg = f"this task holds {self!r}, or waits for it, already"
             raise RuntimeError(msg)
-        session.owners[owner] = self
+        session.owners[owner] = None
         hold: Hold | None = None
         try:
             with session.tether():
-                hold = await self._take(session, lambda: session.owners.pop(owner, None), wait=wait)
+                hold = await self._take(session, wait=wait)
             if hold is None:
                 session.check()
         except Exception:
@@ -185,11 +185,13 @@ class Lock:
             raise
         finally:
             if hold is None:
-                session.owners.pop(owner, None)
+                del session.owners[owner]
+        if hold is not None:
+            hold.own(owner)
         self._latest, self._failed = hold or self._latest, False
         return hold
 
-    async def _take(self, session: Session, forget: Callable[[], object], *, wait: bool) -> Hold | None:
+    async def _take(self, session: Session, *, wait: bool) -> Hold | None:
         own: OwnLease | None = None
         watch = session.key_watch(self._keys.locks)
         if self._ttl is not None or self._renewal is Renewal.MANUAL:
@@ -212,7 +214,7 @@ class Lock:
             if own:
                 await own.end(until=until)
             raise
-        return self._granted(session, place, own, forget)
+        return self._granted(session, place, own)
 
     async def _come_first(self, session: Session, place: Place, *, wait: bool) -> bool:
         mine = await (place.join() if wait else place.try_join())
@@ -222,12 +224,10 @@ class Lock:
             await place.wait_first()
         return mine or wait
 
-    def _granted(
-        self, session: Session, place: Place, own: OwnLease | None, forget: Callable[[], object]
-    ) -> Hold:
+    def _granted(self, session: Session, place: Place, own: OwnLease | None) -> Hold:
         proof = (Compare.created_at(place.key, place.token),)
         fence = Fence(self.name, place.token, session.epoch, proof)
-        hold = Hold(session, place, fence, own=own, forget=forget)
+        hold = Hold(session, place, fence, own=own)
         if self._on_renewal_failure is not None:
             hold.report_overdue(self._on_renewal_failure)
         session.tally.lock_acquisitions += 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from etcd_infra._policy.backoff import delay
-from etcd_infra.errors import EtcdError
+from etcd_infra.errors import EtcdError, SessionLostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,8 +74,9 @@ class CurrentSession:
                     await session.wait_lost()
                     self._opened = trio.Event()
                     logger.warning("session %x was lost: %s", session.lease.id, session.lease.error)
-            except EtcdError as error:
-                if first:
+            except (EtcdError, SessionLostError) as error:
+                # A lease that ran out before its session key was written is no refusal.
+                if first and not isinstance(error, SessionLostError):
                     raise
                 logger.warning("no new session yet: %s", error)
                 await trio.sleep(delay(failures, self._random.random()))

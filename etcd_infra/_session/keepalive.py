@@ -207,9 +207,12 @@ class LivingLease:
         # Race: a suspended machine's monotonic clock stands still; looking at both clocks every second
         # bounds how long after waking up the loss is noticed.
         while trio.current_time() < until and not self.is_lost():
-            with trio.move_on_at(min(until, trio.current_time() + SUSPEND_CHECK_SECONDS)):
+            wake_at = min(until, trio.current_time() + SUSPEND_CHECK_SECONDS)
+            with trio.move_on_at(wake_at):
                 await self._hurry.wait()
                 return
+            if (late := trio.current_time() - wake_at) > self.ttl / 3:
+                logger.warning("the event loop was blocked for %.1f s; leases last %d s", late, self.ttl)
             self.refresh()
 
     async def _check_history(self, revision: int) -> None:

@@ -179,15 +179,19 @@ class KeyWatch:
             if self._created.is_set():
                 self._created = trio.Event()
 
+    def deliver_deleted(self, key: bytes, revision: int) -> None:
+        """Tell whoever listens that `key` was deleted; telling it twice does no harm."""
+        line = key[: key.rfind(b"/") + 1]
+        for name in (key, line):
+            for listener in tuple(self._listeners.get(name, ())):
+                listener.key_deleted(key, revision)
+
     def _deliver(self, batch: WatchBatch) -> None:
         if batch.created:
             self._everybody_reads_again()
         for event in batch.events:
             if event.is_delete:
-                line = event.key[: event.key.rfind(b"/") + 1]
-                for name in (event.key, line):
-                    for listener in tuple(self._listeners.get(name, ())):
-                        listener.key_deleted(event.key, event.revision)
+                self.deliver_deleted(event.key, event.revision)
 
     def _everybody_reads_again(self) -> None:
         for listeners in tuple(self._listeners.values()):

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -65,6 +65,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("etcd_infra.session")
 
 
+class Held(Protocol):
+    """What a task holds, as far as a session must know it."""
+
+    def is_held(self) -> bool:
+        """Whether it is held still."""
+        ...
+
+
 class Session:
     """
     A living lease, its generation, its janitor and its key watches; made by `open_session`.
@@ -73,6 +81,7 @@ class Session:
         lease: The lease, with `id`, the granted `ttl` in seconds, and `remaining()`.
         generation: Mod revision of the session key; 0 while it is known to be missing.
         epoch: The store's lineage.
+        owners: What each task holds or (None) waits for, by line: so that none waits for itself.
     """
 
     def __init__(  # noqa: PLR0913 - only open_session calls it
@@ -102,7 +111,7 @@ class Session:
         self.janitor = Janitor(backend, lease, random, nursery, keys.sessions)
         self.janitor.known_keys.add(self.key)
         self.slots = Slots(self)
-        self.owners: dict[tuple[bytes, trio.lowlevel.Task], object] = {}
+        self.owners: dict[tuple[bytes, trio.lowlevel.Task], Held | None] = {}
         self._nursery = nursery
         self._watches: dict[bytes, KeyWatch] = {}
         self._numbers = 0

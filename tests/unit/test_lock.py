@@ -571,3 +571,46 @@ async def test_thousand_locks_share_one_lease_one_watch_one_renewal(etcd, autoju
         assert 1 == len(await etcd.lease_list())
         for hold in holds:
             hold.check()
+
+
+async def test_lost_hold_does_not_keep_its_task_from_acquiring(etcd, infra, autojump_clock):
+    """After a loss the same task may acquire again, whether or not it released the lost hold."""
+    hold = await infra.lock("job").acquire()
+    await trio.sleep(1)
+    await etcd.delete(KeyRange.one(hold.fence.proof[0].range.key))
+    await trio.sleep(1)
+    with pytest.raises(LockLostError):
+        hold.check()
+    again = await infra.lock("job").acquire()
+    with pytest.raises(LockLostError):
+        await hold.release()
+    again.check()
+    with pytest.raises(RuntimeError):
+        await infra.lock("job").acquire()
+    await again.release()
+
+
+async def test_own_lease_that_dies_is_expired_not_fenced(etcd, infra, autojump_clock):
+    """A lock whose own lease is revoked is EXPIRED; the session and its other locks stay."""
+    async with infra.lock("other") as other:
+        with pytest.raises(LockLostError):
+            async with infra.lock("job", ttl=30) as hold:
+                await trio.sleep(1)
+                await etcd.lease_revoke((await places(etcd))[0].lease)
+                await trio.sleep_forever()
+        assert LockStatus.EXPIRED is hold.status
+        other.check()
+
+
+async def test_blocked_loop_is_warned_of(etcd, caplog):
+    """A loop that was blocked for more than a third of the TTL says so in the log."""
+    clock = trio.testing.MockClock(rate=0.0)
+
+    async def main() -> None:
+        async with open_infra(etcd, ttl=30):
+            await trio.testing.wait_all_tasks_blocked()
+            clock.jump(15)
+            await trio.testing.wait_all_tasks_blocked()
+
+    await trio.to_thread.run_sync(lambda: trio.run(main, clock=clock))
+    assert "blocked" in caplog.text
