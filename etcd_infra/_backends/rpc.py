@@ -208,6 +208,7 @@ class RpcBackend(Backend):
                 self._blame(endpoint)
             raise
         policy.succeeded(endpoint)
+        self._watching.keep_stream()
         return answer
 
     def _blame(self, endpoint: int) -> None:

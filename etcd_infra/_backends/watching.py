@@ -77,6 +77,15 @@ class Watching:
         self._ordinary.leave(endpoint)
         self._coordination.leave(endpoint)
 
+    def keep_stream(self) -> None:
+        """
+        Have one stream open although nobody watches yet: called whenever a member answered.
+
+        With no stream open grpcio starts a thread for each call (a third of a single task's speed), and sends
+        no pings, so that a connection that died is noticed by the next call only.
+        """
+        self._coordination.keep_open()
+
     @asynccontextmanager
     async def open(self, cursor: WatchCursor, *, coordination: bool) -> AsyncGenerator[WatchStream]:
         """Create a watch where `cursor` stands; wait until a server has; cancel it in the end."""
@@ -126,6 +135,14 @@ class _Multiplexer:
         self._watches.add(watch)
         if self._stream is not None:
             self._create(self._stream, watch)
+        self._serve()
+
+    def keep_open(self) -> None:
+        """Have a stream, if there is none, for as long as it lasts."""
+        if self._stream is None and not self._demand.is_set() and not self._is_closed:
+            self._serve()
+
+    def _serve(self) -> None:
         self._demand.set()
         if not self._is_running:
             self._is_running = True
@@ -156,12 +173,12 @@ class _Multiplexer:
         failures = 0
         try:
             while True:
-                if not self._watches:
-                    self._demand = trio.Event()
-                    await self._demand.wait()
+                await self._demand.wait()
                 began = trio.current_time()
                 await self._serve_until_it_breaks()
                 # The first try after a break is made at once: mostly one member is gone and others live.
+                if not self._watches:
+                    self._demand = trio.Event()
                 failures = 0 if trio.current_time() - began >= _GOOD_SECONDS else failures + 1
                 if failures:
                     await trio.sleep(delay(failures - 1, self._draw()))

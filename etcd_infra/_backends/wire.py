@@ -113,12 +113,14 @@ def encode_watch_cancel(watch_id: int) -> bytes:
 
 
 def _message(name: str, **fields: Any) -> Any:
+    # Fields at their default are not on the wire anyway, and each one passed costs a microsecond.
+    given = {key: value for key, value in fields.items() if value}
     # protobuf takes None for "not set": a value of None would be written as an empty one.
-    if None in fields.values():
+    if len(given) < len(fields) and None in fields.values():
         raise TypeError(
             f"None is no value for {', '.join(key for key, value in fields.items() if value is None)}"
         )
-    return MESSAGES[name](**fields)
+    return MESSAGES[name](**given)
 
 
 def _range(request: Range) -> Any:

@@ -44,8 +44,7 @@ class Clock:
 
     def since(self, then: Instant) -> float:
         """Seconds that have passed for sure since `then`, suspended time included."""
-        now = self.now()
-        return max(now.monotonic - then.monotonic, now.boot - then.boot)
+        return max(trio.current_time() - then.monotonic, self._boot() - then.boot)
 
     def wall(self) -> float:
         """Unix seconds by this machine's clock; for people, never for decisions."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("etcd_infra.watch")
 
 GUARD_AFTER_SECONDS: Final = 0.25
+GUARD_TOGETHER_SECONDS: Final = 0.1
 GUARD_AGAIN_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 30.0
 READ_TOGETHER: Final = 100
@@ -207,7 +208,8 @@ class KeyWatch:
 
     async def _settle_some(self) -> None:
         if not self._doubted:
-            await trio.sleep_until(self._fresh[0].since + GUARD_AFTER_SECONDS)
+            # A little later than the first one's time, so that a busy process covers many at once.
+            await trio.sleep_until(self._fresh[0].since + GUARD_AFTER_SECONDS + GUARD_TOGETHER_SECONDS)
         now = trio.current_time()
         while self._fresh and self._fresh[0].since + GUARD_AFTER_SECONDS <= now:
             guarded = self._fresh.popleft()

@@ -181,11 +181,13 @@ async def test_cancelled_call_is_cancelled_on_the_wire(server):
     async with open_etcd(server.endpoint) as backend:
         await backend.get(b"k")
         channel = backend._endpoints.channel(0)
+        # One call is always there: the stream that the watches will need.
+        await eventually(lambda: len(channel._calls) == 1, 1.0)
         server.pause()
         with trio.move_on_after(0.1) as scope:
             await backend.get(b"k")
         assert scope.cancelled_caught
-        await eventually(lambda: not channel._calls, 1.0)
+        await eventually(lambda: len(channel._calls) == 1, 1.0)
         server.resume()
         assert await backend.get(b"k") is None
 
