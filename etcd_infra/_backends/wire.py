@@ -61,12 +61,12 @@ _OPERANDS: Final = {
 
 def encode_range(request: Range) -> bytes:
     """Encode a RangeRequest."""
-    return _range(request).SerializeToString()
+    return MESSAGES["RangeRequest"](**_range(request)).SerializeToString()
 
 
 def encode_txn(request: Txn) -> bytes:
     """Encode a TxnRequest."""
-    return _txn(request).SerializeToString()
+    return MESSAGES["TxnRequest"](**_txn(request)).SerializeToString()
 
 
 def encode_compact(revision: int) -> bytes:
@@ -92,8 +92,7 @@ def encode_lease_time_to_live(lease: int, *, keys: bool) -> bytes:
 def encode_watch_create(request: WatchRequest, watch_id: int) -> bytes:
     """Encode a WatchRequest that creates a watch, in fragments if the events are big."""
     filters = [_NO_PUT] * request.no_put + [_NO_DELETE] * request.no_delete
-    create = _message(
-        "WatchCreateRequest",
+    create = _fields(
         key=request.range.key,
         range_end=request.range.end,
         start_revision=request.start_revision,
@@ -108,27 +107,31 @@ def encode_watch_create(request: WatchRequest, watch_id: int) -> bytes:
 
 def encode_watch_cancel(watch_id: int) -> bytes:
     """Encode a WatchRequest that cancels a watch."""
-    cancel = _message("WatchCancelRequest", watch_id=watch_id)
+    cancel = {"watch_id": watch_id}
     return _message("WatchRequest", cancel_request=cancel).SerializeToString()
 
 
 def _message(name: str, **fields: Any) -> Any:
-    # Fields at their default are not on the wire anyway, and each one passed costs a microsecond.
+    return MESSAGES[name](**_fields(**fields))
+
+
+def _fields(**fields: Any) -> dict[str, Any]:
+    # Fields at their default are not on the wire anyway. Parts are dictionaries until the whole message is
+    # made: a message made of messages copies each of them, once per level.
     given = {key: value for key, value in fields.items() if value}
     # protobuf takes None for "not set": a value of None would be written as an empty one.
     if len(given) < len(fields) and None in fields.values():
         raise TypeError(
             f"None is no value for {', '.join(key for key, value in fields.items() if value is None)}"
         )
-    return MESSAGES[name](**given)
+    return given
 
 
-def _range(request: Range) -> Any:
+def _range(request: Range) -> dict[str, Any]:
     order = 0
     if request.sort_by is not None or request.descending:
         order = _DESCENDING if request.descending else _ASCENDING
-    return _message(
-        "RangeRequest",
+    return _fields(
         key=request.range.key,
         range_end=request.range.end,
         limit=request.limit,
@@ -145,9 +148,8 @@ def _range(request: Range) -> Any:
     )
 
 
-def _put(request: Put) -> Any:
-    return _message(
-        "PutRequest",
+def _put(request: Put) -> dict[str, Any]:
+    return _fields(
         key=request.key,
         value=request.value,
         lease=request.lease,
@@ -157,41 +159,37 @@ def _put(request: Put) -> Any:
     )
 
 
-def _delete_range(request: DeleteRange) -> Any:
-    return _message(
-        "DeleteRangeRequest", key=request.range.key, range_end=request.range.end, prev_kv=request.prev_kv
-    )
+def _delete_range(request: DeleteRange) -> dict[str, Any]:
+    return _fields(key=request.range.key, range_end=request.range.end, prev_kv=request.prev_kv)
 
 
-def _compare(compare: Compare) -> Any:
-    message = _message(
-        "Compare",
+def _compare(compare: Compare) -> dict[str, Any]:
+    fields = _fields(
         result=compare.operator,
         target=compare.target,
         key=compare.range.key,
         range_end=compare.range.end,
     )
-    setattr(message, _OPERANDS[compare.target], compare.operand)
-    return message
+    fields[_OPERANDS[compare.target]] = compare.operand
+    return fields
 
 
-def _op(op: Op) -> Any:
+def _op(op: Op) -> dict[str, Any]:
     if isinstance(op, Put):
-        return _message("RequestOp", request_put=_put(op))
+        return {"request_put": _put(op)}
     if isinstance(op, Range):
-        return _message("RequestOp", request_range=_range(op))
+        return {"request_range": _range(op)}
     if isinstance(op, DeleteRange):
-        return _message("RequestOp", request_delete_range=_delete_range(op))
-    return _message("RequestOp", request_txn=_txn(op))
+        return {"request_delete_range": _delete_range(op)}
+    return {"request_txn": _txn(op)}
 
 
-def _txn(request: Txn) -> Any:
-    return _message(
-        "TxnRequest",
-        compare=[_compare(compare) for compare in request.compare],
-        success=[_op(op) for op in request.success],
-        failure=[_op(op) for op in request.failure],
-    )
+def _txn(request: Txn) -> dict[str, Any]:
+    return {
+        "compare": [_compare(compare) for compare in request.compare],
+        "success": [_op(op) for op in request.success],
+        "failure": [_op(op) for op in request.failure],
+    }
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────
