@@ -1,4 +1,9 @@
-"""etcetra in the race: etcd's own lock service, over one connection."""
+"""
+etcetra in the race: etcd's own lock service, over one connection.
+
+Without a TTL, as is its default: with one, its cancelled keep-alive task now and then never ends, and the
+whole run hangs. Without one the server makes a lease per acquisition, which nobody revokes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from etcetra.client import EtcdLockManager
 async def work(race, channel, task):
     while race.goes_on():
         asked_at = time.perf_counter()
-        lock = EtcdLockManager(race.name(task), channel, ttl=20)
+        lock = EtcdLockManager(race.name(task), channel)
         await lock.__aenter__()
         race.acquired(task, asked_at)
         race.releasing()

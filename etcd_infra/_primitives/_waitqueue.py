@@ -1,5 +1,5 @@
 """
-A line ordered by create revision: join it, wait for the one ahead, leave it.
+A line ordered by create revision: join it, leave it.
 
 Keys
     ``{line}{lease}-{n}``  one place; the value says who stands there. ``n`` is never used twice.
@@ -7,11 +7,11 @@ Keys
 Algorithm
     1. Join: ``[mod(session)==generation, absent(mine)] → [put mine, the line's first two keys] else [look]``.
        Alone in line: it is my turn, after one round trip. The token is the create revision of my key.
-    2. Listen to the line, then look who is ahead: the two keys with the largest create revision up to mine.
-    3. Listen to that one key only, so that one release wakes one waiter; when it goes, look again. My turn
-       is granted only by a look that shows my own key.
-    4. Leave: ``[created(mine)==token] → [delete mine]``; while a copy of the join is without an answer
+    2. Otherwise wait, see `_turn`.
+    3. Leave: ``[created(mine)==token] → [delete mine]``; while a copy of the join is without an answer
        ``[mod(session)==generation] → [put session, delete mine]``, which kills that copy for ever.
+    4. If the next in line waits in this process, the owner's leaving Txn reads its key, too: found, it is
+       granted at once, without a round trip of its own.
 
 Guarantees
     Tokens grow strictly from owner to owner. Cancelled at any point it leaves no key behind, at once or by
@@ -21,13 +21,11 @@ Does not guarantee
     That the owner still is one when it acts: writes carry the fence.
 
 Source
-    etcd ``client/v3/concurrency/mutex.go`` and ``key.go``. There a late copy of a join may come back, and
-    a waiter whose key is gone waits on.
+    etcd ``client/v3/concurrency/key.go``. There a late copy of a join may come back.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -38,13 +36,11 @@ from etcd_infra._etcd.model import (
     DeleteRange,
     DeleteRangeResult,
     KeyRange,
-    KeyValue,
     Op,
     OpResult,
     Put,
     Range,
     RangeResult,
-    SortTarget,
     Txn,
     TxnResult,
 )
@@ -61,8 +57,6 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from etcd_infra._session.keepalive import LivingLease
     from etcd_infra._session.key_watch import KeyWatch
     from etcd_infra._session.session import Session
@@ -75,20 +69,22 @@ class Place:
     Attributes:
         key: Unique to this place, for ever.
         token: The key's create revision; 0 while not in line.
+        is_first: Whether it is known to be this place's turn.
         waited: Whether somebody was ahead.
     """
 
     def __init__(
         self, session: Session, watch: KeyWatch, line: bytes, value: bytes, lease: LivingLease | None = None
     ) -> None:
-        self._session = session
         self.watch = watch
-        self._line = KeyRange.prefix(line)
+        self.session = session
+        self.lease = lease or session.lease
+        self.line = KeyRange.prefix(line)
         self._value = value
-        self._lease = lease or session.lease
         self._unanswered = 0  # the highest generation that a copy without an answer compares
-        self.key = place(line, self._lease.id, session.next_number())
+        self.key = place(line, self.lease.id, session.next_number())
         self.token = 0
+        self.is_first = False
         self.waited = False
         session.janitor.known_keys.add(self.key)
 
@@ -107,9 +103,10 @@ class Place:
         Round trips:
             One.
         """
-        first_two = Range(self._line, keys_only=True, limit=2)
+        first_two = Range(self.line, keys_only=True, limit=2)
         answer = await self._enter((), (first_two,), (first_two,))
-        return _found(answer.results[-1]).count == 1
+        self.is_first = _found(answer.results[-1]).count == 1
+        return self.is_first
 
     async def try_join(self) -> bool:
         """
@@ -118,9 +115,10 @@ class Place:
         Raises, Cancellation, Round trips:
             As `join`. After False there is nothing to leave, and no late copy will ever join.
         """
-        first = Range(self._line, keys_only=True, limit=1)
-        await self._enter((Compare.nothing_in(self._line),), (), (first,))
+        first = Range(self.line, keys_only=True, limit=1)
+        await self._enter((Compare.nothing_in(self.line),), (), (first,))
         if self.token:
+            self.is_first = True
             return True
         # etcd: "nobody is in line" can become true again, for a copy that is still on its way: it must be
         # stale before "no" is an answer.
@@ -129,7 +127,7 @@ class Place:
             try:
                 await self._leave()
             except EtcdError:
-                await trio.sleep(delay(failures, self._session.random.random()))
+                await trio.sleep(delay(failures, self.session.random.random()))
                 failures += 1
         self._left()
         return False
@@ -140,10 +138,10 @@ class Place:
         """Send the joining Txn until its outcome is definite."""
         failures = 0
         while True:
-            generation = await self._session.living_generation()
+            generation = await self.session.living_generation()
             answer = await self._send_join(generation, conditions, reads, looks)
             if answer is None:
-                await trio.sleep(delay(failures, self._session.random.random()))
+                await trio.sleep(delay(failures, self.session.random.random()))
                 failures += 1
             elif answer.succeeded:
                 self.token = answer.revision
@@ -153,21 +151,21 @@ class Place:
                 if mine.kvs:  # an earlier copy of ours was applied
                     self.token = mine.kvs[0].create_revision
                     return answer
-                if not self._session.saw_key(own, answer.revision) and generation == self._session.generation:
+                if not self.session.saw_key(own, answer.revision) and generation == self.session.generation:
                     return answer  # the conditions failed
 
     async def _send_join(
         self, generation: int, conditions: tuple[Compare, ...], reads: tuple[Op, ...], looks: tuple[Op, ...]
     ) -> TxnResult | None:
-        guards = (Compare.modified_at(self._session.key, generation), Compare.absent(self.key))
+        guards = (Compare.modified_at(self.session.key, generation), Compare.absent(self.key))
         request = Txn(
             (*guards, *conditions),
-            (Put(self.key, self._value, lease=self._lease.id), *reads),
-            (Range(KeyRange.one(self._session.key)), Range(KeyRange.one(self.key)), *looks),
+            (Put(self.key, self._value, lease=self.lease.id), *reads),
+            (Range(KeyRange.one(self.session.key)), Range(KeyRange.one(self.key)), *looks),
         )
         unanswered, self._unanswered = self._unanswered, generation
         try:
-            answer = await self._session.backend.txn(request)
+            answer = await self.session.backend.txn(request)
         except OutcomeUnknownError:
             return None
         except UnavailableError:
@@ -175,68 +173,15 @@ class Place:
             return None
         except LeaseNotFoundError as error:
             self._unanswered = unanswered
-            self._lease.lose(SessionLostError(f"lease {self._lease.id:x} does not exist any more"))
-            self._session.check()
-            msg = f"the lock's own lease ended before its key was written: {self._lease.error}"
+            self.lease.lose(SessionLostError(f"lease {self.lease.id:x} does not exist any more"))
+            self.session.check()
+            msg = f"the lock's own lease ended before its key was written: {self.lease.error}"
             raise LockLostError(msg) from error
         except EtcdError:
             self._unanswered = unanswered
             raise
         self._unanswered = unanswered
         return answer
-
-    # ── waiting ─────────────────────────────────────────────────────────────────────────────────
-
-    async def wait_first(self) -> None:
-        """
-        Wait until it is my turn.
-
-        Raises:
-            LockLostError: my place was deleted.
-            SessionLostError: my place went with its lease.
-
-        Cancellation:
-            Still in line: call `leave`.
-
-        Round trips:
-            One, plus one per predecessor seen.
-        """
-        self.waited = True
-        with _Turn(self.watch) as turn:
-            turn.listen(self.key)
-            while True:
-                turn.listen(self._line.key)
-                await self.watch.ready()
-                turn.begin()
-                ahead = await self._look()
-                if ahead is None:
-                    return
-                # Race: whoever is ahead may have gone between the look and this line; as long as the
-                # whole line is listened to, that is known.
-                turn.listen(ahead.key)
-                turn.ignore(self._line.key)
-                await turn.wait_deleted(self.key, ahead.key)
-                turn.ignore(ahead.key)
-
-    async def _look(self) -> KeyValue | None:
-        """Return who is directly ahead of me, None if it is my turn."""
-        up_to_me = Range(
-            self._line,
-            max_create_revision=self.token,
-            sort_by=SortTarget.CREATE,
-            descending=True,
-            keys_only=True,
-            limit=2,
-        )
-        kvs = (await self._session.backend.range(up_to_me)).kvs
-        # Invariant: nobody is granted anything without having seen its own key (etcd #11456).
-        if not kvs or kvs[0].key != self.key or kvs[0].create_revision != self.token:
-            self.token = 0
-            with suppress(EtcdError):
-                await self._lease.renew()
-            msg = f"the place {self.key!r} in line was deleted"
-            raise LockLostError(msg)
-        return kvs[1] if len(kvs) > 1 else None
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────
 
@@ -257,15 +202,15 @@ class Place:
         failures = 0
         with trio.move_on_at(until, shield=True):
             await trio.lowlevel.checkpoint()
-            while not self._session.lease.is_lost() and not self._lease.is_lost():
+            while not self.session.lease.is_lost() and not self.lease.is_lost():
                 try:
                     return await self._leave() or (None if unclear else False)
                 except EtcdError as error:
                     unclear = unclear or isinstance(error, OutcomeUnknownError)
-                    await trio.sleep(delay(failures, self._session.random.random()))
+                    await trio.sleep(delay(failures, self.session.random.random()))
                     failures += 1
-        if not self._lease.is_lost():
-            self._session.janitor.take_over(self._leave)
+        if not self.lease.is_lost():
+            self.session.janitor.take_over(self._leave)
         return None
 
     async def _leave(self) -> bool:
@@ -274,14 +219,23 @@ class Place:
         if self._unanswered:
             there = await self._outdate()
         if self.token:
-            mine = Compare.created_at(self.key, self.token)
-            answer = await self._session.backend.txn(Txn((mine,), (DeleteRange(KeyRange.one(self.key)),)))
-            there = answer.succeeded
-            if there:
-                # Whoever waits in this process need not wait for the event as well.
-                self.watch.deliver_deleted(self.key, answer.revision)
+            there = await self._hand_over()
         self._left()
         return there
+
+    async def _hand_over(self) -> bool:
+        """Delete my key; if it was the owner's, and the next in line is in this process, grant it its turn."""
+        heir = self.watch.heir_of(self.key) if self.is_first else None
+        mine = Compare.created_at(self.key, self.token)
+        looks = (Range(KeyRange.one(heir.key), keys_only=True),) if heir is not None else ()
+        request = Txn((mine,), (DeleteRange(KeyRange.one(self.key)), *looks))
+        answer = await self.session.backend.txn(request)
+        if answer.succeeded:
+            if heir is not None:
+                heir.inherit(_found(answer.results[1]))
+            # Whoever waits in this process need not wait for the event as well.
+            self.watch.deliver_deleted(self.key, answer.revision)
+        return answer.succeeded
 
     async def _outdate(self) -> bool:
         """
@@ -290,91 +244,45 @@ class Place:
         Afterwards `token` is what a read showed that no copy can change any more.
         """
         looked = False
-        while self._unanswered >= self._session.generation > 0:
+        while self._unanswered >= self.session.generation > 0:
             answer = await self._move_generation()
             if answer.succeeded:
                 deleted = answer.results[0]
                 self._unanswered = self.token = 0
                 return isinstance(deleted, DeleteRangeResult) and deleted.deleted > 0
-            self._session.saw_key(_found(answer.results[0]), answer.revision)
+            self.session.saw_key(_found(answer.results[0]), answer.revision)
             self._see(_found(answer.results[1]))
             looked = True
         if not looked:
-            self._see(await self._session.backend.range(Range(KeyRange.one(self.key))))
+            self._see(await self.session.backend.range(Range(KeyRange.one(self.key))))
         self._unanswered = 0
         return False
 
     async def _move_generation(self) -> TxnResult:
-        session_key = KeyRange.one(self._session.key)
-        generation = Compare.modified_at(self._session.key, self._session.generation)
+        session_key = KeyRange.one(self.session.key)
+        generation = Compare.modified_at(self.session.key, self.session.generation)
         delete_mine = DeleteRange(KeyRange.one(self.key))
         looks = (Range(session_key), Range(KeyRange.one(self.key)))
-        rewrite = Put(self._session.key, self._session.info, lease=self._session.lease.id)
+        rewrite = Put(self.session.key, self.session.info, lease=self.session.lease.id)
         try:
-            answer = await self._session.backend.txn(Txn((generation,), (delete_mine, rewrite), looks))
+            answer = await self.session.backend.txn(Txn((generation,), (delete_mine, rewrite), looks))
         except StorageFullError:
             # etcd: NOSPACE refuses every Txn with a put; deleting the session key moves the generation, too.
             forget = DeleteRange(session_key)
-            answer = await self._session.backend.txn(Txn((generation,), (delete_mine, forget), looks))
+            answer = await self.session.backend.txn(Txn((generation,), (delete_mine, forget), looks))
             if answer.succeeded:
-                self._session.saw_key(RangeResult(), answer.revision)
+                self.session.saw_key(RangeResult(), answer.revision)
         else:
             if answer.succeeded:
-                self._session.wrote_key(answer.revision)
+                self.session.wrote_key(answer.revision)
         return answer
 
     def _see(self, mine: RangeResult) -> None:
         self.token = mine.kvs[0].create_revision if mine.kvs else 0
 
     def _left(self) -> None:
-        self._session.janitor.known_keys.discard(self.key)
+        self.session.janitor.known_keys.discard(self.key)
         self.token = 0
-
-
-class _Turn:
-    """What a waiter was told since it last looked."""
-
-    def __init__(self, watch: KeyWatch) -> None:
-        self._watch = watch
-        self._names: set[bytes] = set()
-        self._deleted: set[bytes] = set()
-        self._look_again = False
-        self._told = trio.Event()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in tuple(self._names):
-            self.ignore(name)
-
-    def listen(self, name: bytes) -> None:
-        self._names.add(name)
-        self._watch.listen(name, self)
-
-    def ignore(self, name: bytes) -> None:
-        self._names.discard(name)
-        self._watch.ignore(name, self)
-
-    def begin(self) -> None:
-        """Forget what a look from now on will show anyway."""
-        self._deleted.clear()
-        self._look_again = False
-
-    async def wait_deleted(self, *keys: bytes) -> None:
-        """Wait until one of `keys` was deleted since `begin`, or that can not be told."""
-        while not self._look_again and self._deleted.isdisjoint(keys):
-            self._told = trio.Event()
-            await self._told.wait()
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    def key_deleted(self, key: bytes, revision: int) -> None:  # noqa: ARG002
-        self._deleted.add(key)
-        self._told.set()
-
-    def read_again(self) -> None:
-        self._look_again = True
-        self._told.set()
 
 
 def _found(result: OpResult) -> RangeResult:

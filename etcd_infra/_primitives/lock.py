@@ -39,6 +39,7 @@ import trio
 
 from etcd_infra._etcd.model import Compare, KeyRange, Range, SortTarget, Txn
 from etcd_infra._primitives._hold import Hold, LockStatus, OwnLease
+from etcd_infra._primitives._turn import wait_first
 from etcd_infra._primitives._waitqueue import Place
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
@@ -221,7 +222,7 @@ class Lock:
         if not mine:
             session.tally.lock_conflicts += 1
         if wait and not mine:
-            await place.wait_first()
+            await wait_first(place)
         return mine or wait
 
     def _granted(self, session: Session, place: Place, own: OwnLease | None) -> Hold:

@@ -46,6 +46,16 @@ class Listener(Protocol):
         ...
 
 
+class Heir(Protocol):
+    """Somebody in this process who is next in line behind a key."""
+
+    key: bytes
+
+    def inherit(self, mine: RangeResult) -> None:
+        """Take in what the Txn that deleted the key ahead read of `self.key`."""
+        ...
+
+
 class Guarded:
     """A key that this process holds: `gone` is called once if its incarnation ends."""
 
@@ -83,6 +93,7 @@ class KeyWatch:
         self._prefix = prefix
         self._random = random
         self._listeners: defaultdict[bytes, set[Listener]] = defaultdict(set)
+        self._heirs: dict[bytes, Heir] = {}
         self._wanted = trio.Event()
         self._created = trio.Event()
         self._guards: dict[Guarded, Callable[[], None]] = {}
@@ -103,6 +114,17 @@ class KeyWatch:
             listeners.discard(listener)
             if not listeners:
                 del self._listeners[name]
+
+    def stand_behind(self, ahead: bytes, heir: Heir | None) -> None:
+        """Note who is next in line behind the key `ahead`; None: nobody any more."""
+        if heir is None:
+            self._heirs.pop(ahead, None)
+        else:
+            self._heirs[ahead] = heir
+
+    def heir_of(self, key: bytes) -> Heir | None:
+        """Return who in this process is next in line behind `key`."""
+        return self._heirs.get(key)
 
     async def ready(self) -> None:
         """

@@ -614,3 +614,49 @@ async def test_blocked_loop_is_warned_of(etcd, caplog):
 
     await trio.to_thread.run_sync(lambda: trio.run(main, clock=clock))
     assert "blocked" in caplog.text
+
+
+async def test_next_in_line_of_the_same_process_needs_no_look(etcd, autojump_clock):
+    """A release grants the next waiter of the same process by its own answer: no round trip in between."""
+    recording = RecordingBackend(etcd.node("one"))
+    async with open_infra(recording) as infra:
+        first = await infra.lock("job").acquire()
+        log: list[tuple[int, int]] = []
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(hold_for, infra.lock("job"), 0.01, log, number)
+                await trio.sleep(0.1)
+            recording.calls.clear()
+            await first.release()
+        assert ["txn"] * 4 == recording.verbs()
+    assert [0, 1, 2] == [number for number, _ in log]
+
+
+async def test_next_in_line_whose_key_is_gone_inherits_nothing(etcd, infra, autojump_clock):
+    """An operator deletes the next waiter's key: the release that comes first to tell grants it nothing."""
+    first = await infra.lock("job").acquire()
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(LockLostError):
+                await infra.lock("job").acquire()
+
+        nursery.start_soon(wait)
+        await trio.sleep(0.1)
+        (_, waiting) = await places(etcd)
+        nursery.start_soon(etcd.delete, KeyRange.one(waiting.key))
+        await first.release()
+    assert [] == await places(etcd)
+
+
+async def test_waiters_of_two_processes_take_turns(etcd, autojump_clock):
+    """With the line mixed from two processes, the order of joining is kept and nobody is skipped."""
+    log: list[tuple[int, int]] = []
+    async with open_infra(etcd.node("one"), seed=1) as one, open_infra(etcd.node("two"), seed=2) as two:
+        async with trio.open_nursery() as nursery:
+            for number in range(12):
+                infra = (one, two)[number % 3 % 2]
+                nursery.start_soon(hold_for, infra.lock("job"), 0.5, log, number)
+                await trio.sleep(0.05)
+    assert list(range(12)) == [number for number, _ in log]
+    assert sorted(token for _, token in log) == [token for _, token in log]

@@ -1,0 +1,147 @@
+"""
+Waiting for one's turn in a line.
+
+Algorithm
+    1. Listen to the whole line, then look who is ahead: the two keys with the largest create revision up to
+       mine are mine and the one directly ahead.
+    2. Listen to that one key only, so that one release wakes one waiter; when it goes, look again.
+    3. My turn is granted only by an answer that shows my own key: a look, or the leaving Txn of an owner in
+       this process, which reads the key of the next in line.
+
+Source
+    etcd ``client/v3/concurrency/mutex.go``, where a waiter whose own key is gone waits on (#19597).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import trio
+
+from etcd_infra._etcd.model import KeyValue, Range, RangeResult, SortTarget
+from etcd_infra.errors import EtcdError, LockLostError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from etcd_infra._primitives._waitqueue import Place
+
+
+async def wait_first(place: Place) -> None:
+    """
+    Wait until it is the turn of `place`, which has joined.
+
+    Raises:
+        LockLostError: the place was deleted.
+        SessionLostError: the place went with its lease.
+
+    Cancellation:
+        Still in line: call `Place.leave`.
+
+    Round trips:
+        One, plus one per predecessor seen; none for a predecessor in this process.
+    """
+    place.waited = True
+    with _Turn(place) as turn:
+        turn.listen(place.key)
+        while not place.is_first:
+            turn.listen(place.line.key)
+            await place.watch.ready()
+            turn.begin()
+            ahead = await _look(place)
+            if ahead is None:
+                place.is_first = True
+                return
+            # Race: whoever is ahead may have gone between the look and this line; as long as the whole
+            # line is listened to, that is known.
+            turn.stand_behind(ahead.key)
+            turn.ignore(place.line.key)
+            await turn.wait_changed()
+
+
+async def _look(place: Place) -> KeyValue | None:
+    """Return who is directly ahead, None if nobody is."""
+    up_to_me = Range(
+        place.line,
+        max_create_revision=place.token,
+        sort_by=SortTarget.CREATE,
+        descending=True,
+        keys_only=True,
+        limit=2,
+    )
+    kvs = (await place.session.backend.range(up_to_me)).kvs
+    # Invariant: nobody is granted anything without its own key having been seen (etcd #11456).
+    if not kvs or kvs[0].key != place.key or kvs[0].create_revision != place.token:
+        place.token = 0
+        # The key went with its lease, or by itself: only etcd can tell.
+        with suppress(EtcdError):
+            await place.lease.renew()
+        msg = f"the place {place.key!r} in line was deleted"
+        raise LockLostError(msg)
+    return kvs[1] if len(kvs) > 1 else None
+
+
+class _Turn:
+    """One waiting place, and what it was told since it last looked."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._ahead = b""
+        self._names: set[bytes] = set()
+        self._deleted: set[bytes] = set()
+        self._look_again = False
+        self._told = trio.Event()
+        self.key = place.key
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._place.watch.stand_behind(self._ahead, None)
+        for name in tuple(self._names):
+            self.ignore(name)
+
+    def listen(self, name: bytes) -> None:
+        self._names.add(name)
+        self._place.watch.listen(name, self)
+
+    def ignore(self, name: bytes) -> None:
+        self._names.discard(name)
+        self._place.watch.ignore(name, self)
+
+    def stand_behind(self, ahead: bytes) -> None:
+        """Listen to the one directly ahead, and be its heir."""
+        self._place.watch.stand_behind(self._ahead, None)
+        self.ignore(self._ahead)
+        self._ahead = ahead
+        self.listen(ahead)
+        self._place.watch.stand_behind(ahead, self)
+
+    def begin(self) -> None:
+        """Forget what a look from now on will show anyway."""
+        self._deleted.clear()
+        self._look_again = False
+
+    async def wait_changed(self) -> None:
+        """Wait until it is granted, or my key or the one ahead was deleted, or that can not be told."""
+        while not (self._place.is_first or self._look_again or self._deleted & {self.key, self._ahead}):
+            self._told = trio.Event()
+            await self._told.wait()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def inherit(self, mine: RangeResult) -> None:
+        """Take in what the owner's leaving Txn read of my key: if I am in line still, it is my turn."""
+        if mine.kvs and mine.kvs[0].create_revision == self._place.token:
+            self._place.is_first = True
+            self._told.set()
+
+    def key_deleted(self, key: bytes, revision: int) -> None:  # noqa: ARG002
+        """See `Listener`."""
+        self._deleted.add(key)
+        self._told.set()
+
+    def read_again(self) -> None:
+        """See `Listener`."""
+        self._look_again = True
+        self._told.set()
