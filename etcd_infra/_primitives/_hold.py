@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._session.keepalive import LivingLease, clean_up_deadline
-from etcd_infra._session.session import revoke, revoke_in_time
+from etcd_infra._session.keepalive import clean_up_deadline
 from etcd_infra.errors import EtcdError, LockLostError, NotHeldError, SessionLostError
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from etcd_infra._primitives._waitqueue import Place
     from etcd_infra._primitives.fence import Fence
+    from etcd_infra._session.own_lease import OwnLease
     from etcd_infra._session.session import Session
 
 logger = logging.getLogger("etcd_infra.lock")
@@ -36,31 +36,6 @@ class LockStatus(StrEnum):
     EXPIRED = "expired"
     FENCED = "fenced"
     FAILED = "failed"
-
-
-class OwnLease:
-    """A lease of one hold, kept alive in the session's background until `stop`."""
-
-    def __init__(self, session: Session, lease: LivingLease) -> None:
-        self._session = session
-        self._scope = trio.CancelScope()
-        self.lease = lease
-        session.start_soon(self._keep_alive)
-
-    async def _keep_alive(self) -> None:
-        with self._scope:
-            await self.lease.keep_alive()
-
-    def stop(self) -> None:
-        """Renew no more; the lease runs out by itself."""
-        self._scope.cancel()
-
-    async def end(self, *, until: float) -> None:
-        """Revoke, shielded, until Trio's time `until` at most; what is left then, the janitor does."""
-        self.stop()
-        backend = self._session.backend
-        if not await revoke_in_time(backend, self.lease.id, self._session.random, until=until):
-            self._session.janitor.take_over(lambda: revoke(backend, self.lease.id))
 
 
 class Hold:

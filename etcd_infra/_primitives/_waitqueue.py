@@ -52,7 +52,6 @@ from etcd_infra.errors import (
     LockLostError,
     OutcomeUnknownError,
     SessionLostError,
-    StorageFullError,
     UnavailableError,
 )
 
@@ -138,7 +137,7 @@ class Place:
         """Send the joining Txn until its outcome is definite."""
         failures = 0
         while True:
-            generation = await self.session.living_generation()
+            generation = await self.session.own_key.living_generation()
             answer = await self._send_join(generation, conditions, reads, looks)
             if answer is None:
                 await trio.sleep(delay(failures, self.session.random.random()))
@@ -151,17 +150,18 @@ class Place:
                 if mine.kvs:  # an earlier copy of ours was applied
                     self.token = mine.kvs[0].create_revision
                     return answer
-                if not self.session.saw_key(own, answer.revision) and generation == self.session.generation:
+                moved = self.session.own_key.saw(own, answer.revision)
+                if not moved and generation == self.session.own_key.generation:
                     return answer  # the conditions failed
 
     async def _send_join(
         self, generation: int, conditions: tuple[Compare, ...], reads: tuple[Op, ...], looks: tuple[Op, ...]
     ) -> TxnResult | None:
-        guards = (Compare.modified_at(self.session.key, generation), Compare.absent(self.key))
+        guards = (Compare.modified_at(self.session.own_key.key, generation), Compare.absent(self.key))
         request = Txn(
             (*guards, *conditions),
             (Put(self.key, self._value, lease=self.lease.id), *reads),
-            (Range(KeyRange.one(self.session.key)), Range(KeyRange.one(self.key)), *looks),
+            (Range(KeyRange.one(self.session.own_key.key)), Range(KeyRange.one(self.key)), *looks),
         )
         unanswered, self._unanswered = self._unanswered, generation
         try:
@@ -243,39 +243,20 @@ class Place:
 
         Afterwards `token` is what a read showed that no copy can change any more.
         """
+        own_key = self.session.own_key
         looked = False
-        while self._unanswered >= self.session.generation > 0:
-            answer = await self._move_generation()
+        while self._unanswered >= own_key.generation > 0:
+            answer = await own_key.move(self.key)
             if answer.succeeded:
                 deleted = answer.results[0]
                 self._unanswered = self.token = 0
                 return isinstance(deleted, DeleteRangeResult) and deleted.deleted > 0
-            self.session.saw_key(_found(answer.results[0]), answer.revision)
             self._see(_found(answer.results[1]))
             looked = True
         if not looked:
             self._see(await self.session.backend.range(Range(KeyRange.one(self.key))))
         self._unanswered = 0
         return False
-
-    async def _move_generation(self) -> TxnResult:
-        session_key = KeyRange.one(self.session.key)
-        generation = Compare.modified_at(self.session.key, self.session.generation)
-        delete_mine = DeleteRange(KeyRange.one(self.key))
-        looks = (Range(session_key), Range(KeyRange.one(self.key)))
-        rewrite = Put(self.session.key, self.session.info, lease=self.session.lease.id)
-        try:
-            answer = await self.session.backend.txn(Txn((generation,), (delete_mine, rewrite), looks))
-        except StorageFullError:
-            # etcd: NOSPACE refuses every Txn with a put; deleting the session key moves the generation, too.
-            forget = DeleteRange(session_key)
-            answer = await self.session.backend.txn(Txn((generation,), (delete_mine, forget), looks))
-            if answer.succeeded:
-                self.session.saw_key(RangeResult(), answer.revision)
-        else:
-            if answer.succeeded:
-                self.session.wrote_key(answer.revision)
-        return answer
 
     def _see(self, mine: RangeResult) -> None:
         self.token = mine.kvs[0].create_revision if mine.kvs else 0

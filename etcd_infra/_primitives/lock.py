@@ -38,15 +38,16 @@ import msgspec
 import trio
 
 from etcd_infra._etcd.model import Compare, KeyRange, Range, SortTarget, Txn
-from etcd_infra._primitives._hold import Hold, LockStatus, OwnLease
+from etcd_infra._primitives._fenced import fenced
+from etcd_infra._primitives._hold import Hold, LockStatus
 from etcd_infra._primitives._turn import wait_first
 from etcd_infra._primitives._waitqueue import Place
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
+from etcd_infra._session.granting import grant
 from etcd_infra._session.keepalive import clean_up_deadline
-from etcd_infra._session.session import grant
+from etcd_infra._session.own_lease import OwnLease
 from etcd_infra._session.ttl import check_ttl
-from etcd_infra.errors import FencedError, LockLostError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -227,7 +228,7 @@ class Lock:
 
     def _granted(self, session: Session, place: Place, own: OwnLease | None) -> Hold:
         proof = (Compare.created_at(place.key, place.token),)
-        fence = Fence(self.name, place.token, session.epoch, proof)
+        fence = Fence(self.name, place.token, session.own_key.epoch, proof)
         hold = Hold(session, place, fence, own=own)
         if self._on_renewal_failure is not None:
             hold.report_overdue(self._on_renewal_failure)
@@ -271,27 +272,9 @@ class Lock:
         Round trips:
             One.
         """
-        if not await self.validate(fence):
-            msg = f"token {fence.token} of {fence.resource!r} is not the owner's any more"
-            raise FencedError(msg)
         session = await self._sessions.current()
-        watch = session.key_watch(self._keys.locks)
-        stale = False
-        with session.tether() as tether:
-
-            def gone() -> None:
-                nonlocal stale
-                stale = True
-                tether.scope.cancel()
-
-            guarded = watch.guard(fence.proof[0].range.key, fence.token, gone)
-            try:
-                yield
-            finally:
-                watch.unguard(guarded)
-        if stale or tether.scope.cancelled_caught:
-            msg = f"token {fence.token} of {fence.resource!r} stopped being the owner's"
-            raise LockLostError(msg)
+        async with fenced(session, session.key_watch(self._keys.locks), fence):
+            yield
 
     async def inspect(self) -> LockInfo:
         """

@@ -25,13 +25,13 @@ Source
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from etcd_infra._etcd.model import Compare, KeyRange, KeyValue, Put, Range, RangeResult, Txn, TxnResult
 from etcd_infra._policy.backoff import delay
+from etcd_infra._session.granting import grant, revoke_in_time
 from etcd_infra._session.janitor import Janitor
 from etcd_infra._session.keepalive import (
     CLEAN_UP_SECONDS,
@@ -42,12 +42,9 @@ from etcd_infra._session.keepalive import (
 )
 from etcd_infra._session.key_watch import KeyWatch
 from etcd_infra._session.scopes import open_background
+from etcd_infra._session.session_key import SessionKey
 from etcd_infra._session.slots import Slots
 from etcd_infra.errors import (
-    EtcdError,
-    InvalidAnswerError,
-    LeaseExistsError,
-    LeaseNotFoundError,
     OutcomeUnknownError,
     SessionLostError,
     UnavailableError,
@@ -59,7 +56,7 @@ if TYPE_CHECKING:
 
     from etcd_infra._etcd.backend import Backend
     from etcd_infra._etcd.keys import Keys
-    from etcd_infra._session.clock import Clock, Instant
+    from etcd_infra._session.clock import Clock
     from etcd_infra._session.tally import Tally
 
 logger = logging.getLogger("etcd_infra.session")
@@ -79,8 +76,7 @@ class Session:
 
     Attributes:
         lease: The lease, with `id`, the granted `ttl` in seconds, and `remaining()`.
-        generation: Mod revision of the session key; 0 while it is known to be missing.
-        epoch: The store's lineage.
+        own_key: The session key: the generation, and the store's epoch.
         owners: What each task holds or (None) waits for, by line: so that none waits for itself.
     """
 
@@ -100,22 +96,18 @@ class Session:
         self.backend = backend
         self.keys = keys
         self.lease = lease
-        self.info = info
         self.node_id = node_id
         self.clock = clock
         self.random = random
         self.tally = tally
-        self.key = keys.session(lease.id)
-        self.generation = 0
-        self.epoch = ""
+        self.own_key = SessionKey(backend, keys, lease, info, random)
         self.janitor = Janitor(backend, lease, random, nursery, keys.sessions)
-        self.janitor.known_keys.add(self.key)
+        self.janitor.known_keys.add(self.own_key.key)
         self.slots = Slots(self)
         self.owners: dict[tuple[bytes, trio.lowlevel.Task], Held | None] = {}
         self._nursery = nursery
         self._watches: dict[bytes, KeyWatch] = {}
         self._numbers = 0
-        self._newest_generation = 0
 
     def __repr__(self) -> str:
         return f"<Session {self.node_id} lease={self.lease.id:x} {self.status}>"
@@ -183,74 +175,6 @@ class Session:
         """Run `function` in the background until the session ends."""
         self._nursery.start_soon(function)
 
-    # ── the generation ──────────────────────────────────────────────────────────────────────────
-
-    async def living_generation(self) -> int:
-        """
-        Return a generation that can guard a Txn; re-create the session key if it is missing.
-
-        Raises:
-            SessionLostError: the session is lost.
-        """
-        while not self.generation:
-            await self.write_key()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self.check()
-        return self.generation
-
-    def saw_key(self, found: RangeResult, revision: int) -> bool:
-        """Take in what a read at `revision` showed of the session key; return whether the generation moved."""
-        before = self.generation
-        if found.kvs:
-            self.generation = max(before, found.kvs[0].mod_revision)
-            self._newest_generation = max(self._newest_generation, self.generation)
-        elif revision > self._newest_generation:
-            # Race: an older answer that comes later must not make a living generation look dead: copies
-            # that compare it would be thought stale.
-            self.generation = 0
-        return self.generation != before
-
-    def wrote_key(self, revision: int) -> None:
-        """Take in that the session key was rewritten at `revision`."""
-        self.saw_key(RangeResult((KeyValue(self.key, mod_revision=revision),)), revision)
-
-    async def write_key(self) -> None:
-        """
-        Create the session key if it is missing, and read or create the epoch: one Txn.
-
-        Raises:
-            SessionLostError: the lease does not exist any more.
-            EtcdError: nothing is definite; calling again is safe.
-        """
-        epoch = self.keys.epoch
-        # etcd: without the nested Txn the epoch would cost a round trip of its own. It is never deleted,
-        # so its guard "absent" can not become true again.
-        remember_epoch = Txn(
-            (Compare.absent(epoch),),
-            (Put(epoch, b"%032x" % self.random.getrandbits(128)), Range(KeyRange.one(epoch))),
-            (Range(KeyRange.one(epoch)),),
-        )
-        read_own = Range(KeyRange.one(self.key))
-        request = Txn(
-            (Compare.absent(self.key),),
-            (Put(self.key, self.info, lease=self.lease.id), remember_epoch),
-            (read_own, remember_epoch),
-        )
-        try:
-            answer = await self.backend.txn(request)
-        except LeaseNotFoundError as error:
-            self.lose(SessionLostError(f"lease {self.lease.id:x} does not exist any more"))
-            raise SessionLostError(str(self.lease.error)) from error
-        own, remembered = answer.results
-        if answer.succeeded:
-            self.wrote_key(answer.revision)
-        elif isinstance(own, RangeResult):
-            self.saw_key(own, answer.revision)
-        if not isinstance(remembered, TxnResult) or not isinstance(remembered.results[-1], RangeResult):
-            msg = f"an unexpected answer to {request}: {answer}"
-            raise InvalidAnswerError(msg)
-        self.epoch = remembered.results[-1].kvs[0].value.decode(errors="replace")
-
     def lose(self, error: Exception) -> None:
         """End the session for this process: everything that hangs on it is cancelled."""
         self.lease.lose(error)
@@ -270,73 +194,6 @@ class Session:
                 await self.janitor.wait_idle()
         await revoke_in_time(self.backend, self.lease.id, self.random, until=until)
         self.lose(SessionLostError("the session was closed"))
-
-
-async def revoke(backend: Backend, lease: int) -> None:
-    """Revoke a lease; one that is gone is as good. An `EtcdError` means that nothing is definite."""
-    with suppress(LeaseNotFoundError):
-        await backend.lease_revoke(lease)
-
-
-async def revoke_in_time(backend: Backend, lease: int, random: Random, *, until: float) -> bool:
-    """Repeat `revoke`, shielded, until Trio's time `until` at most; return whether it is definite."""
-    failures = 0
-    with trio.move_on_at(until, shield=True):
-        while True:
-            try:
-                await revoke(backend, lease)
-            except EtcdError as error:
-                logger.info("lease %x is not revoked yet: %s", lease, error)
-                await trio.sleep(delay(failures, random.random()))
-                failures += 1
-            else:
-                return True
-    return False
-
-
-async def grant(backend: Backend, clock: Clock, random: Random, *, ttl: int) -> LivingLease:
-    """
-    Grant a lease under a new id of our own, repeating until etcd answers.
-
-    Raises:
-        StorageFullError, AccessDeniedError, InvalidRequestError: etcd refuses.
-
-    Cancellation:
-        The lease is revoked, in two seconds at most; a late copy of the grant runs out after its TTL.
-
-    Round trips:
-        One.
-    """
-    lease = random.getrandbits(63) or 1
-    sent_at: Instant | None = None
-    failures = 0
-    try:
-        while True:
-            first_copy = sent_at is None
-            sent_at = sent_at or clock.now()
-            try:
-                granted_ttl = (await backend.lease_grant(ttl, lease=lease)).ttl
-                return LivingLease(backend, clock, random, lease=lease, ttl=granted_ttl, sent_at=sent_at)
-            except LeaseExistsError:
-                if not first_copy and (found := await _adopt(backend, lease)):
-                    return LivingLease(backend, clock, random, lease=lease, ttl=found, sent_at=sent_at)
-                lease, sent_at = random.getrandbits(63) or 1, None
-                continue
-            except UnavailableError:
-                sent_at = None if first_copy else sent_at
-            except OutcomeUnknownError:
-                pass
-            await trio.sleep(delay(failures, random.random()))
-            failures += 1
-    except trio.Cancelled:
-        if sent_at is not None:
-            await revoke_in_time(backend, lease, random, until=clean_up_deadline())
-        raise
-
-
-async def _adopt(backend: Backend, lease: int) -> int:
-    # The first copy of our grant worked: the lease has run since then, for as long as the server said.
-    return (await backend.lease_time_to_live(lease)).granted_ttl
 
 
 @asynccontextmanager
@@ -394,9 +251,9 @@ async def open_session(  # noqa: PLR0913
 
 async def _write_key_at_last(session: Session) -> None:
     failures = 0
-    while not session.generation:
+    while not session.own_key.generation:
         try:
-            await session.write_key()
+            await session.own_key.write()
         except (UnavailableError, OutcomeUnknownError):
             await trio.sleep(delay(failures, session.random.random()))
             failures += 1

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from etcd_infra._etcd.keys import Keys
-from etcd_infra._etcd.model import KeyRange, Put, Range, Txn
+from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, Txn
 from etcd_infra._primitives._hold import LockStatus
 from etcd_infra._primitives.lock import Renewal
 from etcd_infra._primitives.lock_info import LockInfo
@@ -644,7 +644,8 @@ async def test_next_in_line_whose_key_is_gone_inherits_nothing(etcd, infra, auto
         nursery.start_soon(wait)
         await trio.sleep(0.1)
         (_, waiting) = await places(etcd)
-        nursery.start_soon(etcd.delete, KeyRange.one(waiting.key))
+        # Applied at once, so that the waiter has not heard of it when the release is sent.
+        etcd.store.txn(Txn(success=(DeleteRange(KeyRange.one(waiting.key)),)), trio.current_time())
         await first.release()
     assert [] == await places(etcd)
 

@@ -32,7 +32,7 @@ async def test_opening_and_closing_cost_three_round_trips(etcd, autojump_clock):
         assert ["lease_grant", "txn"] == recording.verbs()
         session = infra.session
         (key,) = [kv for kv in etcd.store.snapshot().kvs if kv.key == KEYS.session(session.lease.id)]
-        assert key.mod_revision == session.generation
+        assert key.mod_revision == session.own_key.generation
         assert key.lease == session.lease.id
     assert ["lease_grant", "txn", "lease_revoke"] == recording.verbs()
     assert () == await etcd.lease_list()
@@ -42,11 +42,11 @@ async def test_opening_and_closing_cost_three_round_trips(etcd, autojump_clock):
 async def test_epoch_is_created_once(etcd, autojump_clock):
     """Every session of a store sees the same epoch."""
     async with open_infra(etcd, seed=1) as one, open_infra(etcd, seed=2) as two:
-        assert one.session.epoch == two.session.epoch
-        assert 32 == len(one.session.epoch)
-        epoch = one.session.epoch
+        assert one.session.own_key.epoch == two.session.own_key.epoch
+        assert 32 == len(one.session.own_key.epoch)
+        epoch = one.session.own_key.epoch
     async with open_infra(MemoryEtcd(), seed=3) as other:
-        assert epoch != other.session.epoch
+        assert epoch != other.session.own_key.epoch
 
 
 @pytest.mark.parametrize("fault", ["lose_next_answer", "lose_next_request", "refuse_next"])
@@ -59,7 +59,7 @@ async def test_lost_answers_while_opening_leave_one_lease(etcd, autojump_clock, 
     async with open_infra(faulty) as infra:
         assert strikes == faulty.struck
         assert (infra.session.lease.id,) == await etcd.lease_list()
-        assert infra.session.generation
+        assert infra.session.own_key.generation
     assert () == await etcd.lease_list()
 
 
@@ -70,7 +70,7 @@ async def test_adopted_lease_is_trusted_from_the_first_send(etcd, autojump_clock
     began = trio.current_time()
     faulty.lose_next_answer()
     faulty.delay_next(2)
-    from etcd_infra._session.session import grant
+    from etcd_infra._session.granting import grant
 
     lease = await grant(faulty, clock, random.Random(1), ttl=10)
     assert trio.current_time() - began >= 2
@@ -245,10 +245,10 @@ async def test_session_key_deleted_by_an_operator_is_written_again(etcd, autojum
     async with open_infra(etcd.node("one")) as infra:
         session = infra.session
         for _ in range(3):
-            await etcd.delete(KeyRange.one(session.key))
+            await etcd.delete(KeyRange.one(session.own_key.key))
             async with infra.lock("job") as hold:
                 assert hold.token
-            assert await etcd.get(session.key) is not None
+            assert await etcd.get(session.own_key.key) is not None
         assert session is infra.session
 
 

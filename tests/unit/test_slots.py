@@ -180,6 +180,6 @@ async def test_deleted_slot_is_replaced(etcd, autojump_clock):
     async with open_infra(etcd.node("one")) as infra:
         slots = infra.session.slots
         await slots.write(put(b"1"))
-        await etcd.delete(KeyRange.prefix(infra.session.key + b"/op/"))
+        await etcd.delete(KeyRange.prefix(infra.session.own_key.key + b"/op/"))
         assert (await slots.write(put(b"2"))).applied
         assert [b"1", b"2"] == writes(etcd)
