@@ -204,7 +204,7 @@ async def _open_backend(
     if endpoints == MEMORY_URL:
         from etcd_infra._backends.memory import MemoryEtcd
 
-        yield MemoryEtcd()
+        yield MemoryEtcd(auto_compact_revisions=10_000)
         return
     from etcd_infra._backends.opening import open_etcd
 

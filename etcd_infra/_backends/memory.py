@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from etcd_infra._backends.memory_store import Store
+from etcd_infra._backends.memory_stream import MemoryWatch
 from etcd_infra._backends.request_check import check_grant, check_txn_request
 from etcd_infra._backends.watch_cursor import WatchCursor
-from etcd_infra._etcd.backend import Backend, WatchStream
+from etcd_infra._etcd.backend import Backend
 from etcd_infra._etcd.model import Status, WatchRequest
 from etcd_infra.errors import EtcdError, OutcomeUnknownError, UnavailableError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from etcd_infra._backends.memory_watch import Watcher
+    from etcd_infra._etcd.backend import WatchStream
     from etcd_infra._etcd.model import (
         KeyRange,
         LeaseGrant,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
         RangeResult,
         Txn,
         TxnResult,
-        WatchBatch,
     )
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class MemoryNode(Backend):
         self._link = _Link.UP
         self._link_changed = trio.Event()
         # A dictionary as an ordered set: the order of wake-ups must not depend on addresses.
-        self._streams: dict[_MemoryWatch, None] = {}
+        self._streams: dict[MemoryWatch, None] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self._link.name.lower()}>"
@@ -200,7 +201,7 @@ class MemoryNode(Backend):
 
     @asynccontextmanager
     async def _open_watch(self, cursor: WatchCursor) -> AsyncGenerator[WatchStream]:
-        stream = _MemoryWatch(self, cursor)
+        stream = MemoryWatch(self, cursor)
         self._streams[stream] = None
         try:
             await stream.open()
@@ -261,7 +262,7 @@ class MemoryNode(Backend):
             cluster=_CLUSTER,
         )
 
-    # ── for this module's watches ───────────────────────────────────────────────────────────────
+    # ── for its watches ─────────────────────────────────────────────────────────────────────────
 
     @property
     def is_up(self) -> bool:
@@ -293,6 +294,9 @@ class MemoryEtcd(MemoryNode):
         min_ttl: Seconds; the TTL that shorter ones are raised to (a real etcd's default is 2).
         call_timeout: Seconds after which a call that a partition swallowed ends.
         progress_interval: Seconds between progress notifications.
+        keep_history: Compaction leaves `store.history` alone, so that a checker finds every commit in it.
+        auto_compact_revisions: Compact now and then, so that at least so many revisions are left, and at most
+            twice as many (etcd: ``--auto-compaction-mode=revision``); 0: only `compact` does.
     """
 
     def __init__(
@@ -301,9 +305,16 @@ class MemoryEtcd(MemoryNode):
         min_ttl: int = 2,
         call_timeout: float = CALL_TIMEOUT,
         progress_interval: float = 600.0,
+        keep_history: bool = False,
+        auto_compact_revisions: int = 0,
         store: Store | None = None,
     ) -> None:
-        self.store = store or Store(min_ttl=min_ttl, progress_seconds=progress_interval)
+        self.store = store or Store(
+            min_ttl=min_ttl,
+            progress_seconds=progress_interval,
+            keep_history=keep_history,
+            auto_compact_revisions=auto_compact_revisions,
+        )
         self._by_name: dict[str, MemoryNode] = {}
         super().__init__(self.store, [], name="", call_timeout=call_timeout)
 
@@ -319,80 +330,3 @@ class MemoryEtcd(MemoryNode):
             node = MemoryNode(self.store, self._nodes, name=name, call_timeout=timeout)
             self._by_name[name] = node
         return node
-
-
-class _MemoryWatch(WatchStream):
-    """One watch of one node; it pulls from the store's history, so a slow consumer costs no memory."""
-
-    def __init__(self, node: MemoryNode, cursor: WatchCursor) -> None:
-        self.created_revision = 0
-        self._node = node
-        self._cursor = cursor
-        self._watcher: Watcher | None = None
-        self._woken = trio.Event()
-        self._failure: Exception | None = None
-
-    async def open(self) -> None:
-        """Wait until the watch is created for the first time."""
-        await trio.lowlevel.checkpoint()
-        while self._poll() is None:
-            await self._sleep()
-        await trio.lowlevel.checkpoint()
-
-    async def receive(self) -> WatchBatch:
-        await trio.lowlevel.checkpoint()
-        # Invariant: no checkpoint between taking a batch and returning it, so a cancellation loses nothing.
-        while (batch := self._poll()) is None:
-            await self._sleep()
-        return batch
-
-    def cut(self) -> None:
-        """Break the watch; the next poll that gets through makes it anew."""
-        if self._watcher is not None:
-            self._watcher.close()
-            self._watcher = None
-
-    def close(self) -> None:
-        """End the watch for good: its block was left."""
-        self.cut()
-        self._failure = self._failure or trio.ClosedResourceError("this watch was left")
-        self.wake()
-
-    def wake(self) -> None:
-        """Let a sleeping `receive` look again."""
-        self._woken.set()
-
-    def _poll(self) -> WatchBatch | None:
-        if self._failure is not None:
-            raise self._failure
-        if not self._node.is_up:
-            return None
-        self._node.advance()
-        if self._watcher is None:
-            self._watcher = self._node.start_watcher(self._cursor.request())
-            self._watcher.notify = self.wake
-        while (response := self._watcher.poll(trio.current_time())) is not None:
-            try:
-                batch = self._cursor.feed(response)
-            except EtcdError as error:
-                self.cut()
-                self._failure = error
-                raise
-            if response.created:
-                self.created_revision = response.revision
-            if batch is not None:
-                return batch
-        return None
-
-    async def _sleep(self) -> None:
-        if self._woken.is_set():
-            self._woken = trio.Event()
-        with trio.move_on_at(self._next_reason()):
-            await self._woken.wait()
-
-    def _next_reason(self) -> float:
-        """Say when something happens by time alone."""
-        if not self._node.is_up or self._watcher is None:
-            return inf
-        progress = self._watcher.next_progress
-        return min(self._node.next_deadline, inf if progress is None else progress)

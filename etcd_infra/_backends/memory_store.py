@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from etcd_infra._backends.memory_history import Commit, History
 from etcd_infra._backends.memory_keys import KeySpace, in_bounds
 from etcd_infra._backends.memory_leases import Lease, Leases
 from etcd_infra._backends.memory_txn_check import MAX_OPS, check_range, check_size, check_txn, has_put
-from etcd_infra._backends.memory_watch import PROGRESS_SECONDS, Commit, History, Watcher, Watchers
+from etcd_infra._backends.memory_watch import PROGRESS_SECONDS, Watcher, Watchers
 from etcd_infra._etcd.model import (
     Compare,
     DeleteRange,
@@ -90,7 +91,7 @@ _Step: TypeAlias = "Range | Put | DeleteRange | _Path"
 
 
 class Store:
-    """One etcd: `full` is its NOSPACE alarm, and `history` has every commit since the beginning."""
+    """One etcd: `full` is its NOSPACE alarm, and `history` has every commit since the last compaction."""
 
     def __init__(
         self,
@@ -98,9 +99,11 @@ class Store:
         min_ttl: int = 2,
         max_ops: int = MAX_OPS,
         progress_seconds: float = PROGRESS_SECONDS,
+        keep_history: bool = False,
+        auto_compact_revisions: int = 0,
     ) -> None:
         self.full = False
-        self.history = History()
+        self.history = History(keep=keep_history, auto_compact=auto_compact_revisions)
         self._keys = KeySpace()
         self._leases = Leases(min_ttl)
         self._watchers = Watchers(self.history, progress_seconds)
@@ -328,6 +331,8 @@ class Store:
             self._changes.clear()
             self.history.commits.append(commit)
             self._watchers.publish(commit)
+            if overdue := self.history.overdue():
+                self._keys.compact(overdue, self.history.compact(overdue))
 
     # ── compaction and watches ──────────────────────────────────────────────────────────────────
 
@@ -338,9 +343,7 @@ class Store:
             raise CompactedError("etcdserver: mvcc: required revision has been compacted")
         if revision > self.revision:
             raise FutureRevisionError("etcdserver: mvcc: required revision is a future revision")
-        commits = self.history.between(self.compact_revision + 1, revision)
-        self.history.compacted = revision
-        self._keys.compact(revision, {event.kv.key for commit in commits for event in commit.events})
+        self._keys.compact(revision, self.history.compact(revision))
         return self.revision
 
     def watch(self, request: WatchRequest, now: float) -> Watcher:

@@ -1,9 +1,9 @@
 """
-The history of the in-memory etcd and the watches on it.
+The watches on the in-memory etcd.
 
-Pure and pulled: a watch holds revision numbers only, and reads the events when it is asked. As in etcd a
-watch is either *in step* (each change was noted for it as it happened, so it survives compaction) or
-*behind* (it catches up from history, up to 1,000 revisions at a time, unless that was compacted).
+Pure and pulled: a watch makes its answers when it is asked. As in etcd a watch is either *in step* (each
+commit is handed to it as it happens, a thousand at most, so it survives compaction) or *behind* (it catches
+up from history, up to 1,000 revisions at a time, unless that was compacted).
 
 Source: etcd `server/storage/mvcc/watchable_store.go`, `server/etcdserver/api/v3rpc/watch.go`.
 """
@@ -11,59 +11,21 @@ Source: etcd `server/storage/mvcc/watchable_store.go`, `server/etcdserver/api/v3
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from etcd_infra._etcd.model import Event, EventKind, WatchResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
+    from etcd_infra._backends.memory_history import Commit, History
     from etcd_infra._etcd.model import WatchRequest
 
 CATCH_UP_REVISIONS: Final = 1_000
 IN_STEP_LIMIT: Final = 1_024
 FRAGMENT_BYTES: Final = 1536 * 1024
 PROGRESS_SECONDS: Final = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """All that one revision changed, in the order of its operations."""
-
-    revision: int
-    events: tuple[Event, ...]
-
-
-class History:
-    """
-    Every commit since the store began, for watches and for checkers.
-
-    Compaction hides its beginning from watches, but removes nothing: a checker sees all.
-    """
-
-    def __init__(self) -> None:
-        self.commits: list[Commit] = []
-        # etcd: -1 before the first compaction, so that revision 0 can be compacted once.
-        self.compacted = -1
-
-    @property
-    def compact_revision(self) -> int:
-        """The oldest revision that can be read; 0 before the first compaction."""
-        return max(0, self.compacted)
-
-    @property
-    def revision(self) -> int:
-        """The store's revision: 1 when it is empty, and 1 more for each commit."""
-        return 1 + len(self.commits)
-
-    def at(self, revision: int) -> Commit:
-        """Return the commit that made `revision` (2 or more)."""
-        return self.commits[revision - 2]
-
-    def between(self, first: int, last: int) -> Sequence[Commit]:
-        """Return the commits from `first` to `last`, both included."""
-        return self.commits[max(0, first - 2) : max(0, last - 1)]
 
 
 class Watcher:
@@ -87,7 +49,7 @@ class Watcher:
         self.notify: Callable[[], None] | None = None
         self._hub = hub
         self._next = request.start_revision or history.revision + 1
-        self._pending: deque[int] = deque()
+        self._pending: deque[Commit] = deque()
         self._answers: deque[WatchResponse] = deque((WatchResponse(history.revision, created=True),))
         self._in_step = self._next > history.revision
         self._progress_at = now + hub.progress_seconds
@@ -117,14 +79,14 @@ class Watcher:
         self._in_step = False
         self.notify = None
 
-    def note(self, revision: int) -> None:
+    def note(self, commit: Commit) -> None:
         """Take note of a commit that concerns this watch."""
-        if revision < self._next:
+        if commit.revision < self._next:
             return
-        self._pending.append(revision)
+        self._pending.append(commit)
         if len(self._pending) > IN_STEP_LIMIT:
             # etcd: a consumer that does not keep up has to catch up from history ("victims").
-            self._next = self._pending[0]
+            self._next = self._pending[0].revision
             self._pending.clear()
             self._in_step = False
             self._hub.discard(self)
@@ -134,9 +96,9 @@ class Watcher:
     def _fetch(self, now: float) -> None:
         while not self._answers:
             if self._pending:
-                revision = self._pending.popleft()
-                self._next = revision + 1
-                self._answer(revision, [*self._events(revision, revision)])
+                commit = self._pending.popleft()
+                self._next = commit.revision + 1
+                self._answer(commit.revision, [*self._events((commit,))])
             elif self._in_step:
                 break
             else:
@@ -153,7 +115,7 @@ class Watcher:
             self._answers.append(WatchResponse(canceled=True, compact_revision=compacted))
             return
         last = self._last_of_batch()
-        events = [*self._events(self._next, last)]
+        events = [*self._events(history.between(self._next, last))]
         self._next = last + 1
         if self._next > history.revision:
             self._in_step = True
@@ -176,9 +138,9 @@ class Watcher:
         watched = self.request.range
         return any(event.kv.key in watched for event in commit.events)
 
-    def _events(self, first: int, last: int) -> Iterator[Event]:
+    def _events(self, commits: Iterable[Commit]) -> Iterator[Event]:
         request = self.request
-        for commit in self._hub.history.between(first, last):
+        for commit in commits:
             for event in commit.events:
                 if event.kv.key in request.range and not self._filtered(event):
                     yield self._shown(event)
@@ -272,4 +234,4 @@ class Watchers:
             if watcher.concerned(commit):
                 concerned[watcher] = None
         for watcher in concerned:
-            watcher.note(commit.revision)
+            watcher.note(commit)

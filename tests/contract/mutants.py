@@ -13,9 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from etcd_infra._backends.memory import MemoryEtcd
+from etcd_infra._backends.memory_history import Commit, History
 from etcd_infra._backends.memory_leases import Lease, Leases
 from etcd_infra._backends.memory_store import Store
-from etcd_infra._backends.memory_watch import Commit, History, Watcher, Watchers
+from etcd_infra._backends.memory_watch import Watcher, Watchers
 from etcd_infra._etcd.model import DeleteRange, Event, KeyValue, Operator, Put, PutResult, Range, Target, Txn
 from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError
 
@@ -432,9 +433,14 @@ class _NeverCompacted(Watcher):
 
 
 class CompactedWatchGoesOn(Mutant):
-    """A watch from a compacted revision delivers what is left, without a word."""
+    """A watch from a compacted revision delivers what was there, without a word."""
 
     watcher = _NeverCompacted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history = History(keep=True)
+        self._watchers.history = self.history
 
 
 class _StartsAtTheCompactionPlusOne(Watcher):

@@ -54,11 +54,11 @@ async def test_etcdctl_and_python_exclude_each_other(program):
         with trio.fail_after(30):
             hold = await infra.lock("job").acquire()
             async with etcdctl_lock(etcdctl, server) as process:
-                with trio.move_on_after(1) as waiting:
+                while not (await infra.lock("job").inspect()).queue:
+                    await trio.sleep(0.05)
+                with trio.move_on_after(0.5) as waiting:
                     await said_its_key(process)
                 assert waiting.cancelled_caught, "etcdctl was granted a lock that Python held"
-                info = await infra.lock("job").inspect()
-                assert 1 == len(info.queue)
                 await hold.release()
                 key = await said_its_key(process)
                 assert key in LINE
@@ -74,7 +74,9 @@ async def test_etcdctl_and_python_exclude_each_other(program):
 
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(wait)
-                    await trio.sleep(1)
+                    while not (await infra.lock("job").inspect()).queue:
+                        await trio.sleep(0.05)
+                    await trio.sleep(0.5)
                     assert not granted.is_set(), "Python was granted a lock that etcdctl held"
                     process.terminate()
                     await granted.wait()

@@ -136,7 +136,7 @@ def test_compare_over_a_range_matches_the_model(plan, wanted):
 @given(st.lists(st.tuples(branches, st.booleans(), st.booleans()), max_size=12), spans, st.integers(0, 4))
 def test_watch_delivers_every_change_once(plan, wanted, start):
     """A watch, however seldom it is polled, delivers exactly the events of its range, unless it is compacted."""
-    store = Store()
+    store, record = Store(), Store(keep_history=True)
     watcher = store.watch(WatchRequest(wanted, start_revision=start), 0.0)
     first = start or 2
     seen: list[Event] = []
@@ -146,15 +146,16 @@ def test_watch_delivers_every_change_once(plan, wanted, start):
             store.txn(Txn(success=ops), 0.0)
         except InvalidRequestError:
             continue
+        record.txn(Txn(success=ops), 0.0)
         if polled:
             compacted = compacted or drain(watcher, seen)
         if compact and store.revision > store.compact_revision:
-            store.compact(store.revision, 0.0)
+            assert store.compact(store.revision, 0.0) == record.compact(store.revision, 0.0)
     compacted = compacted or drain(watcher, seen)
 
     happened = [
         event
-        for commit in store.history.commits
+        for commit in record.history.commits
         for event in commit.events
         if commit.revision >= first and event.key in wanted
     ]
