@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -71,19 +71,16 @@ class Story:
             case _:
                 pass
 
-    def table(self) -> Table:
-        """Draw the present state."""
+    def picture(self) -> Group:
+        """Draw the present state: who says what, and what happened last."""
         table = Table(title="one lock, three processes", title_justify="left")
         for title in ("process", "last said", "token", "times held"):
             table.add_column(title)
         for name in NAMES:
             table.add_row(name, self.states[name], str(self.tokens.get(name, "-")), str(self.holds[name]))
         mean = sum(self.hand_overs) / len(self.hand_overs) * 1000 if self.hand_overs else 0.0
-        table.caption = f"{len(self.hand_overs)} hand-overs, {mean:.1f} ms each on average\n" + "\n".join(
-            self.notes[-6:]
-        )
-        table.caption_justify = "left"
-        return table
+        hand_overs = f"{len(self.hand_overs)} hand-overs, {mean:.1f} ms each on average"
+        return Group(table, hand_overs, *(f"- {note}" for note in self.notes))
 
 
 class Stage:
@@ -209,8 +206,8 @@ async def _measure_hand_over(story: Story, stage: Stage, lost: str, what: str) -
 def _display(console: Console, story: Story) -> Generator[Callable[[], None]]:
     """Show the story live on a terminal, and as lines elsewhere."""
     if console.is_terminal:
-        with Live(story.table(), console=console, refresh_per_second=8) as live:
-            yield lambda: live.update(story.table())
+        with Live(story.picture(), console=console, refresh_per_second=8) as live:
+            yield lambda: live.update(story.picture())
         return
     shown = 0
 
