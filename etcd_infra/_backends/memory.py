@@ -299,7 +299,7 @@ class MemoryEtcd(MemoryNode):
             twice as many (etcd: ``--auto-compaction-mode=revision``); 0: only `compact` does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         min_ttl: int = 2,

@@ -93,7 +93,8 @@ class Range:
     Read keys; linearizable unless `serializable`.
 
     `revision` 0 is the current one. The min/max bounds filter the answer's keys (0: no bound), but never
-    its `count`. With `sort_by` None the order is etcd's own (ascending by key).
+    its `count`. With `sort_by` None the order is etcd's own (ascending by key); `descending` without `sort_by`
+    sorts by key.
     """
 
     range: KeyRange

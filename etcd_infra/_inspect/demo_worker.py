@@ -8,6 +8,7 @@ ENDPOINT NAMESPACE NAME``.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 
@@ -68,4 +69,6 @@ async def run(endpoint: str, namespace: str, name: str) -> None:
 
 
 if __name__ == "__main__":
+    # What is lost is reported on standard output; warnings would tear the parent's picture apart.
+    logging.getLogger("etcd_infra").setLevel(logging.ERROR)
     trio.run(run, sys.argv[1], sys.argv[2], sys.argv[3])
