@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from etcd_infra._etcd.backend import Backend
+from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._primitives.lock import Lock, Renewal
 from etcd_infra._session.clock import Clock
 from etcd_infra._session.current import CurrentSession
 from etcd_infra._session.keepalive import SessionStatus
-from etcd_infra._session.scopes import open_background
 from etcd_infra._session.session import open_session
 from etcd_infra._session.tally import Tally
 from etcd_infra._session.ttl import check_ttl
@@ -192,9 +192,7 @@ async def _open_backend(
     backend: Backend | str | Sequence[str] | None, environment: Mapping[str, str], options: dict[str, Any]
 ) -> AsyncGenerator[Backend]:
     if isinstance(backend, Backend):
-        if options:
-            msg = f"options of open_etcd make no sense with an open backend: {sorted(options)}"
-            raise TypeError(msg)
+        _refuse(options, "an open backend")
         yield backend
         return
     endpoints = environment.get("ETCD_INFRA_ENDPOINTS") if backend is None else backend
@@ -202,6 +200,7 @@ async def _open_backend(
         msg = "no etcd was named: pass a backend or a URL, or set ETCD_INFRA_ENDPOINTS"
         raise ValueError(msg)
     if endpoints == MEMORY_URL:
+        _refuse(options, "a store inside this process")
         from etcd_infra._backends.memory import MemoryEtcd
 
         yield MemoryEtcd(auto_compact_revisions=10_000)
@@ -210,6 +209,12 @@ async def _open_backend(
 
     async with open_etcd(endpoints, **(_environment_options(environment) | options)) as opened:
         yield opened
+
+
+def _refuse(options: dict[str, Any], what: str) -> None:
+    if options:
+        msg = f"options of open_etcd make no sense with {what}: {sorted(options)}"
+        raise TypeError(msg)
 
 
 def _environment_options(environment: Mapping[str, str]) -> dict[str, Any]:

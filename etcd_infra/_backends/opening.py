@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import trio
 
 from etcd_infra._backends.endpoints import Endpoint, Endpoints
+from etcd_infra._etcd.background import open_background
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -139,20 +140,9 @@ async def _opened(
     from etcd_infra._backends.rpc import RpcBackend
 
     holder = Endpoints(endpoints, lambda endpoint: GrpcioChannel(str(endpoint), dial_timeout=dial_timeout))
-    body_error: BaseException | None = None
     try:
-        async with trio.open_nursery() as nursery:
-            try:
-                yield RpcBackend(holder, nursery, call_timeout=call_timeout, draw=random.Random().random)
-            except BaseException as error:  # noqa: BLE001 - raised again below, bare
-                body_error = error
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        # Invariant: the body's exception leaves as it is. A task of ours that fails is a bug of ours.
-        if body_error is None or group.split(trio.Cancelled)[1] is not None:
-            raise
+        async with open_background() as background:
+            yield RpcBackend(holder, background, call_timeout=call_timeout, draw=random.Random().random)
     finally:
         with trio.move_on_after(_CLOSE_SECONDS, shield=True):
             await holder.aclose()
-    if body_error is not None:
-        raise body_error

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from etcd_infra._backends.channel import Metadata
     from etcd_infra._backends.endpoints import Endpoints
     from etcd_infra._etcd.backend import WatchStream
+    from etcd_infra._etcd.background import Background
     from etcd_infra._etcd.model import LeaseGrant, LeaseRenewal, LeaseTimeToLive, RangeResult, Status, TxnResult
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class RpcBackend(Backend):
     def __init__(
         self,
         endpoints: Endpoints,
-        nursery: trio.Nursery,
+        nursery: trio.Nursery | Background,
         *,
         call_timeout: float,
         draw: Callable[[], float],

@@ -22,8 +22,8 @@ def check_watch(request: WatchRequest) -> None:
     Refuse what a server would misunderstand.
 
     Raises:
-        ValueError: an empty key (etcd would watch the key of one zero byte), an inverted range, a negative revision
-            (which harms other watchers of old servers).
+        ValueError: an empty key (etcd would watch the key of one zero byte), an inverted range, a negative
+            revision (which harms other watchers of old servers).
     """
     if not request.range.key:
         msg = "a watch needs a key; watch everything with KeyRange.everything()"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from etcd_infra._backends.endpoints import Endpoints
     from etcd_infra._backends.watch_cursor import WatchCursor
     from etcd_infra._etcd.backend import WatchStream
+    from etcd_infra._etcd.background import Background
     from etcd_infra._etcd.model import WatchResponse
 
 _WATCH: Final = "/etcdserverpb.Watch/Watch"
@@ -60,7 +61,7 @@ class Watching:
     def __init__(
         self,
         endpoints: Endpoints,
-        nursery: trio.Nursery,
+        nursery: trio.Nursery | Background,
         *,
         read_revision: Callable[[], Awaitable[int]],
         draw: Callable[[], float],
@@ -105,7 +106,7 @@ class _Multiplexer:
     def __init__(
         self,
         endpoints: Endpoints,
-        nursery: trio.Nursery,
+        nursery: trio.Nursery | Background,
         *,
         read_revision: Callable[[], Awaitable[int]],
         draw: Callable[[], float],

@@ -26,4 +26,4 @@ class Call:
 
 
 Observer: TypeAlias = Callable[[Call], object]
-"""Is told of each call after it ended; runs on the Trio loop and must neither block nor raise."""
+"""Is told of each call after it ended; runs on the Trio loop and must not block; what it raises is logged."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._session.keepalive import clean_up_deadline
 from etcd_infra.errors import EtcdError, LockLostError, NotHeldError, SessionLostError
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Hold:
         self._lease = own.lease if own else session.lease
         self._key_gone = False
         self._released = False
-        self._scopes: set[trio.CancelScope] = set()
+        self._scopes: dict[trio.CancelScope, None] = {}
         self._overdue: Callable[[Exception], None] | None = None
         self._guarded = place.watch.guard(place.key, place.token, self._on_key_gone)
 
@@ -183,13 +182,11 @@ class Hold:
     def tied(self) -> Generator[None]:
         """Open a cancel scope that ends with the hold."""
         with self._session.tether(self._lease) as tether:
-            self._scopes.add(tether.scope)
-            if self.status is not LockStatus.ACQUIRED:
-                tether.scope.cancel()
+            self._scopes[tether.scope] = None
             try:
                 yield
             finally:
-                self._scopes.discard(tether.scope)
+                del self._scopes[tether.scope]
 
     def report_overdue(self, callback: Callable[[Hold, Exception], object]) -> None:
         """Call `callback` when a renewal of the hold's lease is overdue."""
@@ -215,7 +212,7 @@ class Hold:
         self._released = status is LockStatus.ACQUIRED
         if self._owner is not None and self._session.owners.get(self._owner) is self:
             del self._session.owners[self._owner]
-        until = clean_up_deadline()
+        until = self._session.clean_up_deadline()
         if await self._place.leave(until=until) is False and self._released:
             # The key was gone before we let go of it: somebody deleted it, or our lease.
             self._released, self._key_gone = False, True

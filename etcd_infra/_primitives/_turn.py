@@ -15,17 +15,21 @@ Source
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from etcd_infra._etcd.model import KeyValue, Range, RangeResult, SortTarget
-from etcd_infra.errors import EtcdError, LockLostError
+from etcd_infra._policy.backoff import delay
+from etcd_infra.errors import EtcdError, LockLostError, SessionLostError, UnavailableError
 
 if TYPE_CHECKING:
     from typing import Self
 
     from etcd_infra._primitives._waitqueue import Place
+
+
+LOOK_AGAIN_SECONDS: Final = 30.0
 
 
 async def wait_first(place: Place) -> None:
@@ -34,7 +38,8 @@ async def wait_first(place: Place) -> None:
 
     Raises:
         LockLostError: the place was deleted.
-        SessionLostError: the place went with its lease.
+        SessionLostError: the place went with the session.
+        AccessDeniedError: the line may not be watched.
 
     Cancellation:
         Still in line: call `Place.leave`.
@@ -70,16 +75,28 @@ async def _look(place: Place) -> KeyValue | None:
         keys_only=True,
         limit=2,
     )
-    kvs = (await place.session.backend.range(up_to_me)).kvs
+    kvs = (await _read(place, up_to_me)).kvs
     # Invariant: nobody is granted anything without its own key having been seen (etcd #11456).
     if not kvs or kvs[0].key != place.key or kvs[0].create_revision != place.token:
         place.token = 0
         # The key went with its lease, or by itself: only etcd can tell.
-        with suppress(EtcdError):
+        with suppress(EtcdError, SessionLostError):
             await place.lease.renew()
+        place.session.check()
         msg = f"the place {place.key!r} in line was deleted"
         raise LockLostError(msg)
     return kvs[1] if len(kvs) > 1 else None
+
+
+async def _read(place: Place, request: Range) -> RangeResult:
+    """Read however long it takes: the place in line is worth more, and the session bounds the wait."""
+    failures = 0
+    while True:
+        try:
+            return await place.session.backend.range(request)
+        except UnavailableError:
+            await trio.sleep(delay(failures, place.session.random.random()))
+            failures += 1
 
 
 class _Turn:
@@ -127,7 +144,10 @@ class _Turn:
         """Wait until it is granted, or my key or the one ahead was deleted, or that can not be told."""
         while not (self._place.is_first or self._look_again or self._deleted & {self.key, self._ahead}):
             self._told = trio.Event()
-            await self._told.wait()
+            # etcd: some servers lose a DELETE now and then (#17529, #18089, #19179): look once in a while.
+            with trio.move_on_after(LOOK_AGAIN_SECONDS) as patience:
+                await self._told.wait()
+            self._look_again = self._look_again or patience.cancelled_caught
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def inherit(self, mine: RangeResult) -> None:

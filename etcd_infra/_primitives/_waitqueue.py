@@ -52,6 +52,7 @@ from etcd_infra.errors import (
     LockLostError,
     OutcomeUnknownError,
     SessionLostError,
+    StoreResetError,
     UnavailableError,
 )
 
@@ -104,6 +105,10 @@ class Place:
         """
         first_two = Range(self.line, keys_only=True, limit=2)
         answer = await self._enter((), (first_two,), (first_two,))
+        if not self.token:
+            # Nothing but a generation from the future refuses an unconditional join for good.
+            self.session.lose(StoreResetError(f"the store is behind our own session key: {answer}"))
+            self.session.check()
         self.is_first = _found(answer.results[-1]).count == 1
         return self.is_first
 
@@ -163,6 +168,7 @@ class Place:
             (Put(self.key, self._value, lease=self.lease.id), *reads),
             (Range(KeyRange.one(self.session.own_key.key)), Range(KeyRange.one(self.key)), *looks),
         )
+        seen = self.session.lease.highest_revision
         unanswered, self._unanswered = self._unanswered, generation
         try:
             answer = await self.session.backend.txn(request)
@@ -181,6 +187,8 @@ class Place:
             self._unanswered = unanswered
             raise
         self._unanswered = unanswered
+        self.session.lease.saw_revision(answer.revision, at_least=seen)
+        self.session.check()
         return answer
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────
@@ -209,7 +217,10 @@ class Place:
                     unclear = unclear or isinstance(error, OutcomeUnknownError)
                     await trio.sleep(delay(failures, self.session.random.random()))
                     failures += 1
-        if not self.lease.is_lost():
+        if self.lease.is_lost():
+            self._left()
+        else:
+            self.session.clean_up_ran_out()
             self.session.janitor.take_over(self._leave)
         return None
 

@@ -45,7 +45,6 @@ from etcd_infra._primitives._waitqueue import Place
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
 from etcd_infra._session.granting import grant
-from etcd_infra._session.keepalive import clean_up_deadline
 from etcd_infra._session.own_lease import OwnLease
 from etcd_infra._session.ttl import check_ttl
 
@@ -103,7 +102,7 @@ class Lock:
         self._ttl = None if ttl is None else check_ttl(ttl)
         self._renewal = Renewal(renewal)
         self._on_renewal_failure = on_renewal_failure
-        self._scopes: dict[trio.lowlevel.Task, AbstractAsyncContextManager[Hold]] = {}
+        self._scopes: dict[trio.lowlevel.Task, list[AbstractAsyncContextManager[Hold]]] = {}
         self._latest: Hold | None = None
         self._failed = False
 
@@ -151,7 +150,7 @@ class Lock:
             As ``async with lock``. After None nothing of the attempt is left, nor will it come back.
 
         Round trips:
-            One, and one to release.
+            One, and one to release; with a lease of its own one more each, refused or not.
         """
         hold = await self._acquire(wait=False)
         if hold is None:
@@ -162,11 +161,15 @@ class Lock:
 
     async def __aenter__(self) -> Hold:
         scope = (await self.acquire()).scope()
-        self._scopes[trio.lowlevel.current_task()] = scope
+        # A task may enter again when an outer hold of its own was lost: so a stack.
+        self._scopes.setdefault(trio.lowlevel.current_task(), []).append(scope)
         return await scope.__aenter__()
 
     async def __aexit__(self, *exc_info: object) -> bool | None:
-        scope = self._scopes.pop(trio.lowlevel.current_task())
+        task = trio.lowlevel.current_task()
+        scope = self._scopes[task].pop()
+        if not self._scopes[task]:
+            del self._scopes[task]
         return await scope.__aexit__(*exc_info)  # type: ignore[arg-type]
 
     async def _acquire(self, *, wait: bool) -> Hold | None:
@@ -204,14 +207,14 @@ class Lock:
         try:
             if not await self._come_first(session, place, wait=wait):
                 if own:
-                    await own.end(until=clean_up_deadline())
+                    await own.end(until=session.clean_up_deadline())
                 return None
             if own and self._renewal is Renewal.MANUAL:
                 own.stop()
                 if place.waited:
                     await own.lease.renew()
         except BaseException:
-            until = clean_up_deadline()
+            until = session.clean_up_deadline()
             await place.leave(until=until)
             if own:
                 await own.end(until=until)
@@ -241,11 +244,20 @@ class Lock:
         """
         Ask whether `fence` is still the owner's: a check, never a guard (put the proof into the write).
 
+        Raises:
+            ValueError: it is another resource's fence, or carries no proof.
+
         Round trips:
             One.
         """
+        self._check_fence(fence)
         session = await self._sessions.current()
         return (await session.backend.txn(Txn(compare=fence.proof))).succeeded
+
+    def _check_fence(self, fence: Fence) -> None:
+        if fence.resource != self.name or not fence.proof:
+            msg = f"this is no fence of {self.name!r}: {fence}"
+            raise ValueError(msg)
 
     async def current_token(self) -> int | None:
         """
@@ -268,10 +280,12 @@ class Lock:
         Raises:
             FencedError: it is not current on entering; the body did not run.
             LockLostError: it stopped being current meanwhile, or can not be watched any more.
+            ValueError: it is another resource's fence, or carries no proof.
 
         Round trips:
             One.
         """
+        self._check_fence(fence)
         session = await self._sessions.current()
         async with fenced(session, session.key_watch(self._keys.locks), fence):
             yield

@@ -41,6 +41,7 @@ class CurrentSession:
         self._random = random
         self._session: Session | None = None
         self._opened = trio.Event()
+        self._closed = False
 
     @property
     def session(self) -> Session | None:
@@ -48,8 +49,16 @@ class CurrentSession:
         return self._session
 
     async def current(self) -> Session:
-        """Wait for a living session."""
+        """
+        Wait for a living session.
+
+        Raises:
+            SessionLostError: there will be none any more.
+        """
         while (session := self._session) is None or session.lease.is_lost():
+            if self._closed:
+                msg = "the coordinator was closed"
+                raise SessionLostError(msg)
             await self._opened.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
         return session
@@ -61,6 +70,13 @@ class CurrentSession:
         Raises:
             EtcdError: the first session was refused.
         """
+        try:
+            await self._replace_for_ever(task_status)
+        finally:
+            self._closed = True
+            self._opened.set()
+
+    async def _replace_for_ever(self, task_status: trio.TaskStatus[None]) -> None:
         failures = 0
         first = True
         while True:

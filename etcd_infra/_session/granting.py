@@ -62,33 +62,66 @@ async def grant(backend: Backend, clock: Clock, random: Random, *, ttl: int) -> 
     Round trips:
         One.
     """
-    lease = random.getrandbits(63) or 1
-    sent_at: Instant | None = None
+    attempts = _Attempts(backend, clock, random, ttl)
     failures = 0
     try:
-        while True:
-            first_copy = sent_at is None
-            sent_at = sent_at or clock.now()
-            try:
-                granted_ttl = (await backend.lease_grant(ttl, lease=lease)).ttl
-                return LivingLease(backend, clock, random, lease=lease, ttl=granted_ttl, sent_at=sent_at)
-            except LeaseExistsError:
-                if not first_copy and (found := await _adopt(backend, lease)):
-                    return LivingLease(backend, clock, random, lease=lease, ttl=found, sent_at=sent_at)
-                lease, sent_at = random.getrandbits(63) or 1, None
-                continue
-            except UnavailableError:
-                sent_at = None if first_copy else sent_at
-            except OutcomeUnknownError:
-                pass
+        while (lease := await attempts.next()) is None:
             await trio.sleep(delay(failures, random.random()))
             failures += 1
-    except trio.Cancelled:
-        if sent_at is not None:
-            await revoke_in_time(backend, lease, random, until=clean_up_deadline())
+    except BaseException:
+        if attempts.unanswered is not None:
+            await revoke_in_time(backend, attempts.id, random, until=clean_up_deadline())
         raise
+    return lease
 
 
-async def _adopt(backend: Backend, lease: int) -> int:
-    # The first copy of our grant worked: the lease has run since then, for as long as the server said.
-    return (await backend.lease_time_to_live(lease)).granted_ttl
+class _Attempts:
+    """
+    The copies of one grant.
+
+    Attributes:
+        id: The lease's.
+        unanswered: When the first copy was sent that may have been applied unknown to us; None: there is none.
+    """
+
+    def __init__(self, backend: Backend, clock: Clock, random: Random, ttl: int) -> None:
+        self._backend = backend
+        self._clock = clock
+        self._random = random
+        self._ttl = ttl
+        self.id = random.getrandbits(63) or 1
+        self.unanswered: Instant | None = None
+
+    async def next(self) -> LivingLease | None:
+        """Send one copy; return the lease if one is known to live."""
+        sent_at = self._clock.now()
+        earlier, self.unanswered = self.unanswered, self.unanswered or sent_at
+        try:
+            granted = await self._backend.lease_grant(self._ttl, lease=self.id)
+        except OutcomeUnknownError:
+            return None
+        except UnavailableError:
+            self.unanswered = earlier
+            return None
+        except LeaseExistsError:
+            self.unanswered = earlier
+            return await self._adopt(earlier)
+        except EtcdError:
+            self.unanswered = earlier
+            raise
+        # This copy made the lease: after an earlier one it would have been told that it exists.
+        return self._living(granted.ttl, sent_at)
+
+    async def _adopt(self, earlier: Instant | None) -> LivingLease | None:
+        if earlier is None:  # a stranger's, by the oddest of chances
+            self.id = self._random.getrandbits(63) or 1
+            return None
+        # An earlier copy of ours worked: the lease has run since then at the latest.
+        try:
+            ttl = (await self._backend.lease_time_to_live(self.id)).granted_ttl
+        except UnavailableError:
+            return None
+        return self._living(ttl, earlier) if ttl > 0 else None
+
+    def _living(self, ttl: int, sent_at: Instant) -> LivingLease:
+        return LivingLease(self._backend, self._clock, self._random, lease=self.id, ttl=ttl, sent_at=sent_at)

@@ -15,13 +15,14 @@ import trio
 
 from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Range, Txn
 from etcd_infra._policy.backoff import delay
-from etcd_infra.errors import EtcdError
+from etcd_infra.errors import EtcdError, OutcomeUnknownError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from random import Random
 
     from etcd_infra._etcd.backend import Backend
+    from etcd_infra._etcd.background import Background
     from etcd_infra._session.keepalive import LivingLease
 
 logger = logging.getLogger("etcd_infra.janitor")
@@ -31,7 +32,7 @@ class Janitor:
     """Repeats clean-up jobs in the session's nursery."""
 
     def __init__(
-        self, backend: Backend, lease: LivingLease, random: Random, nursery: trio.Nursery, sessions: bytes
+        self, backend: Backend, lease: LivingLease, random: Random, nursery: Background, sessions: bytes
     ) -> None:
         self._backend = backend
         self._lease = lease
@@ -66,7 +67,9 @@ class Janitor:
                 try:
                     await job()
                 except EtcdError as error:
-                    logger.info("clean-up is not definite yet: %s", error)
+                    hopeful = isinstance(error, UnavailableError | OutcomeUnknownError)
+                    level = logging.INFO if hopeful else logging.WARNING
+                    logger.log(level, "clean-up is not definite yet: %s", error)
                     await trio.sleep(delay(failures, self._random.random()))
                     failures += 1
                 else:

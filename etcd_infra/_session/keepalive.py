@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from etcd_infra._etcd.model import KeyRange, Range
 from etcd_infra._policy.backoff import delay
 from etcd_infra.errors import EtcdError, LeaseNotFoundError, SessionLostError, StoreResetError, UnavailableError
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("etcd_infra.session")
 CLEAN_UP_SECONDS: Final = 2.0
 ATTEMPT_SECONDS: Final = 2.0
 SUSPEND_CHECK_SECONDS: Final = 1.0
+LAST_MOMENT_SECONDS: Final = 0.001
 
 
 class SessionStatus(StrEnum):
@@ -43,7 +45,7 @@ class SessionStatus(StrEnum):
 
 
 def clean_up_deadline() -> float:
-    """Trio's time at which a shielded clean-up that begins now must end."""
+    """Return Trio's time at which a shielded clean-up that begins now must end."""
     return trio.current_time() + CLEAN_UP_SECONDS
 
 
@@ -70,8 +72,8 @@ class LivingLease:
         self._clock = clock
         self._random = random
         self._proven_at = sent_at
-        self._highest_revision = 0
-        self._tethers: set[Tether] = set()
+        self._tethers: dict[Tether, None] = {}
+        self.highest_revision = 0
         self._hurry = trio.Event()
         self.id = lease
         self.ttl = ttl
@@ -91,7 +93,8 @@ class LivingLease:
 
     def is_lost(self) -> bool:
         """Whether it is over; looks at the clocks, so that it is true at once after a long pause."""
-        if self.status is not SessionStatus.LOST and self.remaining() <= 0:
+        # A scope's deadline and this look may differ by a rounding: both must say the same.
+        if self.status is not SessionStatus.LOST and self.remaining() <= LAST_MOMENT_SECONDS:
             self.lose(SessionLostError(f"lease {self.id:x}: no renewal was answered in time"))
         return self.status is SessionStatus.LOST
 
@@ -128,13 +131,13 @@ class LivingLease:
 
     def tie(self, tether: Tether) -> None:
         """Cancel the tether's scope when this lease is lost."""
-        self._tethers.add(tether)
+        self._tethers[tether] = None
         if self.is_lost():
             tether.scope.cancel()
 
     def untie(self, tether: Tether) -> None:
         """Undo `tie`."""
-        self._tethers.discard(tether)
+        self._tethers.pop(tether, None)
 
     # ── renewal ─────────────────────────────────────────────────────────────────────────────────
 
@@ -179,6 +182,7 @@ class LivingLease:
         answer = await self._backend.lease_keep_alive(self.id)
         if answer.ttl > 0:
             await self._check_history(answer.revision)
+            self.highest_revision = max(self.highest_revision, answer.revision)
             self.prove(sent_at, answer.ttl)
         # etcd: right after the grant a member that lags may not know the lease yet (#13675): ask again.
         elif (await self._backend.lease_time_to_live(self.id)).ttl < 0:
@@ -217,18 +221,23 @@ class LivingLease:
 
     async def _check_history(self, revision: int) -> None:
         # etcd: cluster_id does not change at a restore; only the revision tells, and a member may lag.
-        if revision < self._highest_revision:
-            confirmed = await self._confirmed_revision()
-            if confirmed < self._highest_revision:
-                self.lose(
-                    StoreResetError(f"the store is at revision {confirmed}, it was at {self._highest_revision}")
-                )
-        self._highest_revision = max(self._highest_revision, revision)
+        seen = self.highest_revision
+        if revision < seen:
+            read = await self._backend.range(Range(KeyRange.one(b"\0"), count_only=True))
+            self.saw_revision(read.revision, at_least=seen)
 
-    async def _confirmed_revision(self) -> int:
-        from etcd_infra._etcd.model import KeyRange, Range
+    def saw_revision(self, revision: int, *, at_least: int) -> None:
+        """
+        Take in the revision of a linearizable answer.
 
-        return (await self._backend.range(Range(KeyRange.one(b"\0"), count_only=True))).revision
+        Args:
+            revision: The answer's.
+            at_least: The highest revision that was known when the request was sent. A lower answer comes
+                from a store that was restored or wiped: tokens go back there, so the lease is lost.
+        """
+        if revision < at_least:
+            self.lose(StoreResetError(f"the store is at revision {revision}, and was at {at_least}"))
+        self.highest_revision = max(self.highest_revision, revision)
 
     def _overdue(self, error: Exception, *, first: bool) -> None:
         self.status = SessionStatus.SUSPENDED

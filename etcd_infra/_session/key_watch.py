@@ -16,7 +16,7 @@ import trio
 
 from etcd_infra._etcd.model import KeyRange, Range, RangeResult, Txn
 from etcd_infra._policy.backoff import delay
-from etcd_infra.errors import EtcdError
+from etcd_infra.errors import EtcdError, StoreResetError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,7 +92,9 @@ class KeyWatch:
         self._backend = backend
         self._prefix = prefix
         self._random = random
-        self._listeners: defaultdict[bytes, set[Listener]] = defaultdict(set)
+        # Dictionaries as ordered sets: the order of wake-ups must not depend on addresses.
+        self._listeners: defaultdict[bytes, dict[Listener, None]] = defaultdict(dict)
+        self._refused: EtcdError | None = None
         self._heirs: dict[bytes, Heir] = {}
         self._wanted = trio.Event()
         self._created = trio.Event()
@@ -105,13 +107,13 @@ class KeyWatch:
 
     def listen(self, name: bytes, listener: Listener) -> None:
         """Tell `listener` of deletions of the key `name`, or, if it ends in a slash, in the line `name`."""
-        self._listeners[name].add(listener)
+        self._listeners[name][listener] = None
         self._wanted.set()
 
     def ignore(self, name: bytes, listener: Listener) -> None:
         """Undo `listen`; harmless if there was none."""
         if listeners := self._listeners.get(name):
-            listeners.discard(listener)
+            listeners.pop(listener, None)
             if not listeners:
                 del self._listeners[name]
 
@@ -131,8 +133,13 @@ class KeyWatch:
         Wait until the watch exists: a read from now on, and then the watch, miss nothing.
 
         Call it after `listen`.
+
+        Raises:
+            EtcdError: etcd refuses the watch.
         """
         while not self._created.is_set():
+            if self._refused is not None:
+                raise self._refused
             await self._created.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -179,8 +186,17 @@ class KeyWatch:
                     failures = 0
                 except EtcdError as error:
                     logger.warning("the watch on %r broke: %s", self._prefix, error)
+                    self._broke(error)
                     await trio.sleep(delay(failures, self._random.random()))
                     failures += 1
+
+    def _broke(self, error: EtcdError) -> None:
+        if not isinstance(error, UnavailableError | StoreResetError):
+            # Waiters must not wait for what will never be told; holders are read from time to time.
+            self._refused = error
+            created, self._created = self._created, trio.Event()
+            created.set()
+            self._everybody_reads_again()
 
     async def _watch(self) -> None:
         unused_since = None
@@ -188,6 +204,7 @@ class KeyWatch:
             watched = KeyRange.prefix(self._prefix)
             async with self._backend.watch(watched, no_put=True, coordination=True) as stream:
                 self._created.set()
+                self._refused = None
                 self._everybody_reads_again()
                 async for batch in stream:
                     if self._listeners:
@@ -232,22 +249,29 @@ class KeyWatch:
         if not self._doubted:
             # A little later than the first one's time, so that a busy process covers many at once.
             await trio.sleep_until(self._fresh[0].since + GUARD_AFTER_SECONDS + GUARD_TOGETHER_SECONDS)
+        self._begin_to_cover()
+        doubted = [self._doubted.popleft() for _ in range(min(READ_TOGETHER, len(self._doubted)))]
+        held = [guarded for guarded in dict.fromkeys(doubted) if guarded in self._guards]
+        if not held:
+            return
+        try:
+            if self._refused is None:
+                await self.ready()
+            await self._read(held)
+            settled = self._refused is None
+        except EtcdError:
+            settled = False
+        if not settled:
+            self._doubted.extend(guarded for guarded in held if guarded in self._guards)
+            await trio.sleep(GUARD_AGAIN_SECONDS)
+
+    def _begin_to_cover(self) -> None:
         now = trio.current_time()
         while self._fresh and self._fresh[0].since + GUARD_AFTER_SECONDS <= now:
             guarded = self._fresh.popleft()
             if guarded in self._guards:
                 self.listen(guarded.key, guarded)
                 self._doubted.append(guarded)
-        doubted = [self._doubted.popleft() for _ in range(min(READ_TOGETHER, len(self._doubted)))]
-        still_held = [guarded for guarded in dict.fromkeys(doubted) if guarded in self._guards]
-        if not still_held:
-            return
-        await self.ready()
-        try:
-            await self._read(still_held)
-        except EtcdError:
-            self._doubted.extend(still_held)
-            await trio.sleep(GUARD_AGAIN_SECONDS)
 
     async def _read(self, guards: Sequence[Guarded]) -> None:
         reads = tuple(Range(KeyRange.one(guarded.key), keys_only=True) for guarded in guards)

@@ -20,6 +20,7 @@ class OwnLease:
         self._session = session
         self._scope = trio.CancelScope()
         self.lease = lease
+        session.own_leases[lease] = None
         session.start_soon(self._keep_alive)
 
     async def _keep_alive(self) -> None:
@@ -33,6 +34,7 @@ class OwnLease:
     async def end(self, *, until: float) -> None:
         """Revoke, shielded, until Trio's time `until` at most; what is left then, the janitor does."""
         self.stop()
+        self._session.own_leases.pop(self.lease, None)
         backend = self._session.backend
         if not await revoke_in_time(backend, self.lease.id, self._session.random, until=until):
             self._session.janitor.take_over(lambda: revoke(backend, self.lease.id))

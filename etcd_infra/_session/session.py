@@ -26,11 +26,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from etcd_infra._policy.backoff import delay
+from etcd_infra._etcd.background import open_background
 from etcd_infra._session.granting import grant, revoke_in_time
 from etcd_infra._session.janitor import Janitor
 from etcd_infra._session.keepalive import (
@@ -41,13 +43,10 @@ from etcd_infra._session.keepalive import (
     clean_up_deadline,
 )
 from etcd_infra._session.key_watch import KeyWatch
-from etcd_infra._session.scopes import open_background
 from etcd_infra._session.session_key import SessionKey
 from etcd_infra._session.slots import Slots
 from etcd_infra.errors import (
-    OutcomeUnknownError,
     SessionLostError,
-    UnavailableError,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from etcd_infra._etcd.backend import Backend
+    from etcd_infra._etcd.background import Background
     from etcd_infra._etcd.keys import Keys
     from etcd_infra._session.clock import Clock
     from etcd_infra._session.tally import Tally
@@ -77,6 +77,7 @@ class Session:
     Attributes:
         lease: The lease, with `id`, the granted `ttl` in seconds, and `remaining()`.
         own_key: The session key: the generation, and the store's epoch.
+        own_leases: Leases of single holds, to be revoked at the end with the session's.
         owners: What each task holds or (None) waits for, by line: so that none waits for itself.
     """
 
@@ -90,7 +91,7 @@ class Session:
         node_id: str,
         clock: Clock,
         random: Random,
-        nursery: trio.Nursery,
+        nursery: Background,
         tally: Tally,
     ) -> None:
         self.backend = backend
@@ -105,7 +106,9 @@ class Session:
         self.janitor.known_keys.add(self.own_key.key)
         self.slots = Slots(self)
         self.owners: dict[tuple[bytes, trio.lowlevel.Task], Held | None] = {}
+        self.own_leases: dict[LivingLease, None] = {}
         self._nursery = nursery
+        self._clean_up_ran_out_at = -inf
         self._watches: dict[bytes, KeyWatch] = {}
         self._numbers = 0
 
@@ -175,6 +178,22 @@ class Session:
         """Run `function` in the background until the session ends."""
         self._nursery.start_soon(function)
 
+    def clean_up_deadline(self) -> float:
+        """
+        Return Trio's time at which a shielded clean-up that begins now must end.
+
+        Two seconds at most, never longer than the lease lives; and no time at all right after one that ran
+        out: several holds of one task that are left one after the other take two seconds together.
+        """
+        now = trio.current_time()
+        if now - self._clean_up_ran_out_at < CLEAN_UP_SECONDS / 2:
+            return now
+        return min(clean_up_deadline(), self.lease.deadline)
+
+    def clean_up_ran_out(self) -> None:
+        """Note that a clean-up had to be left to the janitor."""
+        self._clean_up_ran_out_at = trio.current_time()
+
     def lose(self, error: Exception) -> None:
         """End the session for this process: everything that hangs on it is cancelled."""
         self.lease.lose(error)
@@ -188,11 +207,14 @@ class Session:
         Never raises for etcd's sake: what can not be done now, the lease's end will do.
         """
         self.lease.closed = True
-        until = clean_up_deadline()
-        with trio.move_on_at(until - CLEAN_UP_SECONDS / 2, shield=True):
+        now, until = trio.current_time(), self.clean_up_deadline()
+        with trio.move_on_at((now + until) / 2, shield=True):
             if not self.lease.is_lost():
                 await self.janitor.wait_idle()
-        await revoke_in_time(self.backend, self.lease.id, self.random, until=until)
+        async with trio.open_nursery() as nursery:
+            for lease in (self.lease, *self.own_leases):
+                revoking = partial(revoke_in_time, self.backend, lease.id, self.random, until=until)
+                nursery.start_soon(revoking)
         self.lose(SessionLostError("the session was closed"))
 
 
@@ -240,20 +262,10 @@ async def open_session(  # noqa: PLR0913
             nursery.start_soon(lease.keep_alive)
             nursery.start_soon(session.janitor.patrol)
             try:
-                await _write_key_at_last(session)
+                await session.own_key.living_generation()
                 yield session
             finally:
                 await session.close()
     finally:
         if session is not None:
             session.lose(SessionLostError("the session was closed"))
-
-
-async def _write_key_at_last(session: Session) -> None:
-    failures = 0
-    while not session.own_key.generation:
-        try:
-            await session.own_key.write()
-        except (UnavailableError, OutcomeUnknownError):
-            await trio.sleep(delay(failures, session.random.random()))
-            failures += 1

@@ -22,7 +22,15 @@ from etcd_infra._etcd.model import (
     Txn,
     TxnResult,
 )
-from etcd_infra.errors import InvalidAnswerError, LeaseNotFoundError, SessionLostError, StorageFullError
+from etcd_infra._policy.backoff import delay
+from etcd_infra.errors import (
+    InvalidAnswerError,
+    LeaseNotFoundError,
+    OutcomeUnknownError,
+    SessionLostError,
+    StorageFullError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from random import Random
@@ -60,8 +68,13 @@ class SessionKey:
         Raises:
             SessionLostError: the lease does not exist any more.
         """
+        failures = 0
         while not self.generation:
-            await self.write()
+            try:
+                await self.write()
+            except (UnavailableError, OutcomeUnknownError):
+                await trio.sleep(delay(failures, self._random.random()))
+                failures += 1
         await trio.lowlevel.checkpoint_if_cancelled()
         return self.generation
 

@@ -5,9 +5,8 @@ A slot is a small key on the session's lease. A write compares the slot's mod re
 same Txn, so it can be applied at most once, ever: re-sending is always safe, and the failure branch tells
 at once "mine, at revision r" or "not mine, and it never will be".
 
-A caller that was cancelled midway leaves its slot *dirty*, and nothing is ever sent for it again. The slot's
-next write settles both: its success proves that the old one never was applied and never will be. The
-janitor rewrites dirty slots that stay idle, so that no copy is in flight for long.
+A caller that was cancelled midway leaves its slot *dirty*, and nothing is ever sent for its write again: the
+janitor rewrites the slot, which makes every copy that is still on its way stale, before it is used again.
 """
 
 from __future__ import annotations
@@ -195,8 +194,14 @@ class Slots:
             slot.dirty = dirty
             await self._session.lease.renew()
             raise
-        except EtcdError:
+        except EtcdError as error:
             slot.dirty = dirty
+            if unanswered:
+                # This copy was refused; an earlier one may have been applied, or may still be.
+                keys = write.request.written_keys
+                raise OutcomeUnknownError(
+                    f"an earlier copy of a write that was refused now ({error})", keys
+                ) from error
             raise
         slot.dirty, write.unanswered = dirty, unanswered
         return answer

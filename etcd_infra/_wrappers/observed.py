@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.backend import Backend
 
 T = TypeVar("T")
+logger = logging.getLogger("etcd_infra.calls")
 
 
 class Observed(Wrapping):
@@ -34,4 +36,10 @@ class Observed(Wrapping):
             error = type(raised)
             raise
         finally:
-            self._observer(Call(verb, request, trio.current_time() - began, error))
+            self._tell(Call(verb, request, trio.current_time() - began, error))
+
+    def _tell(self, call: Call) -> None:
+        try:
+            self._observer(call)
+        except Exception:
+            logger.exception("the observer failed on %s", call.verb)

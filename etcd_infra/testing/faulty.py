@@ -30,6 +30,7 @@ class _Fault(Enum):
     LOSE_REQUEST = auto()
     LOSE_ANSWER = auto()
     DELAY = auto()
+    DELAY_ANSWER = auto()
     APPLY_LATE = auto()
     REFUSE = auto()
 
@@ -65,6 +66,10 @@ class FaultyBackend(Wrapping):
         """Deliver the next call `seconds` late."""
         self._faults.append((_Fault.DELAY, seconds))
 
+    def delay_next_answer(self, seconds: float) -> None:
+        """Apply the next call at once, and deliver its answer `seconds` late."""
+        self._faults.append((_Fault.DELAY_ANSWER, seconds))
+
     def apply_next_late(self, seconds: float) -> None:
         """Lose the next call's answer at once, and apply it `seconds` later."""
         self._faults.append((_Fault.APPLY_LATE, seconds))
@@ -83,6 +88,11 @@ class FaultyBackend(Wrapping):
             case _Fault.DELAY:
                 await trio.sleep(seconds)
                 return await call()
+            case _Fault.DELAY_ANSWER:
+                try:
+                    return await call()
+                finally:
+                    await trio.sleep(seconds)  # a refusal takes as long
             case _Fault.LOSE_ANSWER:
                 await call()
             case _Fault.APPLY_LATE:

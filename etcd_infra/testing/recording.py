@@ -36,8 +36,8 @@ class RecordingBackend(Wrapping):
     async def around(self, verb: str, request: object, call: Callable[[], Awaitable[T]]) -> T:
         """See `Wrapping`."""
         began = trio.current_time()
-        calls, index = self.calls, len(self.calls)
-        calls.append(Call(verb, request, 0.0))
+        sent = Call(verb, request, 0.0)
+        self.calls.append(sent)
         error: type[BaseException] | None = None
         try:
             return await call()
@@ -45,5 +45,7 @@ class RecordingBackend(Wrapping):
             error = type(raised)
             raise
         finally:
-            if index < len(calls):
-                calls[index] = Call(verb, request, trio.current_time() - began, error)
+            for index in reversed(range(len(self.calls))):
+                if self.calls[index] is sent:
+                    self.calls[index] = Call(verb, request, trio.current_time() - began, error)
+                    break

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from etcd_infra import Call, Inspector, SessionLostError, UnavailableError, open_coordinator
-from etcd_infra._session.scopes import open_background
+from etcd_infra._etcd.background import open_background
 from etcd_infra.testing import FaultyBackend, MemoryEtcd
 from tests.conftest import open_infra
 

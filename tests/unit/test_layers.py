@@ -41,6 +41,9 @@ NEVER = {
     "_etcd/keys.py": {"trio"},
     "_policy": {"trio", "time", "random"},
     "_backends/memory_store.py": {"trio", "time", "random"},
+    "_backends/memory_history.py": {"trio", "time", "random"},
+    "_backends/memory_watch.py": {"trio", "time", "random"},
+    "_backends/memory_leases.py": {"trio", "time", "random"},
     "_backends/watch_cursor.py": {"trio", "time", "random"},
     "testing": {"pytest"},
 }
