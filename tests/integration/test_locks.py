@@ -88,8 +88,8 @@ async def test_operators_deletion_is_noticed_within_a_second():
         with pytest.raises(LockLostError), trio.fail_after(20):
             async with infra.lock("job") as hold:
                 await trio.sleep(1)
-                await infra.backend.delete(KeyRange.one(hold.fence.proof[0].range.key))
                 deleted_at = trio.current_time()
+                await infra.backend.delete(KeyRange.one(hold.fence.proof[0].range.key))
                 await trio.sleep_forever()
         assert trio.current_time() - deleted_at < 1
 

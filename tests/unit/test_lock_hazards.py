@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import trio
-from tests.conftest import NAMESPACE, open_infra
 
 from etcd_infra import (
     AccessDeniedError,
@@ -18,6 +17,7 @@ from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, Put, Txn
 from etcd_infra._primitives._hold import LockStatus
 from etcd_infra.testing import FaultyBackend, MemoryEtcd
+from tests.conftest import NAMESPACE, open_infra
 
 KEYS = Keys(NAMESPACE)
 
