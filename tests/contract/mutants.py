@@ -4,7 +4,7 @@ Stores that break one rule each: the bugs that an in-memory etcd could have.
 Each overrides as little as it can. `test_mutants.py` names the fact that tells each from an etcd.
 """
 
-# ruff: noqa: D102 - a mutant's methods are the store's
+
 
 from __future__ import annotations
 

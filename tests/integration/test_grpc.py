@@ -58,7 +58,7 @@ async def backend(server):
 async def eventually(condition, seconds=5.0):
     """Wait until a condition holds."""
     with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110 - threads and sockets send no events
+        while not condition():
             await trio.sleep(0.01)
 
 

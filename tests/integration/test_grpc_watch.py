@@ -192,7 +192,7 @@ async def test_five_hundred_watches_come_and_go(server):
             for number in range(500):
                 nursery.start_soon(wait_for, number)
             with trio.fail_after(20):
-                while len(started) < 500:  # noqa: ASYNC110 - a plain counter
+                while len(started) < 500:
                     await trio.sleep(0.01)
                 for number in range(500):
                     await backend.put(b"w/%d" % number, b"v")
