@@ -56,7 +56,7 @@ class SessionKey:
         self._epoch_key = keys.epoch
         self._info = info
         self._random = random
-        self._newest = 0
+        self._seen_at = 0
         self.key = keys.session(lease.id)
         self.generation = 0
         self.epoch = ""
@@ -81,13 +81,11 @@ class SessionKey:
     def saw(self, found: RangeResult, revision: int) -> bool:
         """Take in what a read at `revision` showed of the key; return whether the generation moved."""
         before = self.generation
-        if found.kvs:
-            self.generation = max(before, found.kvs[0].mod_revision)
-            self._newest = max(self._newest, self.generation)
-        elif revision > self._newest:
-            # Race: an older answer that comes later must not make a living generation look dead: copies
-            # that compare it would be thought stale.
-            self.generation = 0
+        # Race: answers may come in another order than they were given. An older one must not make a
+        # living generation look dead, or copies that compare it would be thought stale.
+        if revision >= self._seen_at:
+            self._seen_at = revision
+            self.generation = found.kvs[0].mod_revision if found.kvs else 0
         return self.generation != before
 
     def wrote(self, revision: int) -> None:
