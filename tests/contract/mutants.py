@@ -4,8 +4,6 @@ Stores that break one rule each: the bugs that an in-memory etcd could have.
 Each overrides as little as it can. `test_mutants.py` names the fact that tells each from an etcd.
 """
 
-
-
 from __future__ import annotations
 
 from dataclasses import replace
