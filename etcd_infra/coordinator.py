@@ -6,6 +6,7 @@ import os
 import random as random_module
 import socket
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -158,7 +159,6 @@ async def open_coordinator(  # noqa: PLR0913
     draws = random or random_module.SystemRandom()
     name = node_id or environment.get("ETCD_INFRA_NODE_ID") or _default_node_id(environment, draws)
     clock = Clock(boot_clock)
-    info = msgspec.json.encode({"node": name, "host": socket.gethostname(), "since": clock.wall()})
     metrics = Metrics(name, Tally(), SyncMeter(clock))
 
     def observe(call: Call) -> None:
@@ -169,22 +169,28 @@ async def open_coordinator(  # noqa: PLR0913
     async with AsyncExitStack() as stack:
         raw = await stack.enter_async_context(_open_backend(backend, environment, etcd_options))
         observed = Observed(Retrying(raw, draws), observe)
-        sessions = CurrentSession(
-            lambda: open_session(
-                observed,
-                keys,
-                ttl=ttl,
-                node_id=name,
-                info=info,
-                clock=clock,
-                random=draws,
-                tally=metrics.tally,
-            ),
-            draws,
-        )
-        nursery = await stack.enter_async_context(open_background())
-        await nursery.start(sessions.run)
+        sessions = _sessions(observed, keys, metrics, clock, draws, ttl=ttl)
+        background = await stack.enter_async_context(open_background())
+        await background.start(sessions.run)
         yield Coordinator(observed, keys, sessions, node_id=name, metrics=metrics)
+
+
+def _sessions(  # noqa: PLR0913, PLR0917
+    backend: Backend, keys: Keys, metrics: Metrics, clock: Clock, random: Random, ttl: int
+) -> CurrentSession:
+    who = {"node": metrics.node_id, "host": socket.gethostname(), "since": clock.wall()}
+    opening = partial(
+        open_session,
+        backend,
+        keys,
+        ttl=ttl,
+        node_id=metrics.node_id,
+        info=msgspec.json.encode(who),
+        clock=clock,
+        random=random,
+        tally=metrics.tally,
+    )
+    return CurrentSession(opening, random)
 
 
 @asynccontextmanager
