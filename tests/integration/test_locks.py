@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from etcd_infra import LockLostError, open_coordinator, open_etcd
-from etcd_infra.abc import KeyRange, Txn
+from etcd_infra.abc import KeyRange, Range
 from etcd_infra.testing import EtcdServer, find_etcd
 from tests.helpers.cluster import open_cluster
 from tests.helpers.etcds import etcdctl_beside, every_etcd
@@ -164,7 +164,7 @@ async def test_frozen_process_can_not_write():
     assert "1 stale write(s) refused by etcd" in text
 
 
-@pytest.mark.parametrize("runs", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [3, pytest.param(24, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
 async def test_late_copies_through_a_paused_member_never_come_back(runs):
     """
     A join is sent through a member that is paused, and given up; the member wakes up and forwards it.
@@ -190,9 +190,10 @@ async def one_late_run(members, observer, name, *, refused) -> None:
                     async with lock.attempt() as hold:
                         assert hold is None
                 else:
-                    await lock.acquire()
+                    # Another member may be quick enough: then it is taken, and given back.
+                    await (await lock.acquire()).release()
             await trio.sleep(2.5)
-            told_at = (await observer.get(b"none", serializable=False), await revision(observer))[1]
+            told_at = await revision(observer)
         finally:
             members[0].resume()
         if foreign:
@@ -211,7 +212,7 @@ async def one_late_run(members, observer, name, *, refused) -> None:
 
 
 async def revision(backend) -> int:
-    return (await backend.txn(Txn())).revision
+    return (await backend.range(Range(KeyRange.one(b"none"), count_only=True))).revision
 
 
 async def test_endurance_leaves_nothing():
@@ -231,8 +232,6 @@ async def test_endurance_leaves_nothing():
 
 
 async def everything(backend):
-    from etcd_infra.abc import Range
-
     for kv in (await backend.range(Range(KeyRange.everything()))).kvs:
         yield kv
 
