@@ -130,8 +130,12 @@ class EtcdServer:
         await self._running().kill()
 
     def pause(self) -> None:
-        """Stop it (SIGSTOP): connections stay, nothing is answered."""
-        self._running().send_signal(signal.SIGSTOP)
+        """Stop it (SIGSTOP): connections stay, nothing is answered any more when this returns."""
+        process = self._running()
+        process.send_signal(signal.SIGSTOP)
+        if hasattr(os, "waitid"):
+            # Race: on a busy machine it may answer one more request before the signal gets to it.
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Let a paused server go on."""
