@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import urlsplit
 
 import trio
@@ -20,10 +20,12 @@ from etcd_infra._backends.endpoints import Endpoint, Endpoints
 from etcd_infra._etcd.background import open_background
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
+    from etcd_infra._backends.channel import Channel
     from etcd_infra._etcd.backend import Backend
+    from etcd_infra._etcd.background import Background
 
 DEFAULT_PORT: Final = 2379
 
@@ -52,7 +54,7 @@ _CLOSE_SECONDS: Final = 5.0
 def open_etcd(  # noqa: PLR0913 - all but the first are named
     endpoints: str | Sequence[str],
     *,
-    transport: str = "grpcio",
+    transport: str = "http2",
     tls: TlsConfig | None = None,
     username: str | None = None,
     password: str | None = None,
@@ -68,7 +70,7 @@ def open_etcd(  # noqa: PLR0913 - all but the first are named
     Args:
         endpoints: "http://host:port", or several, as a list or separated by commas. A bare "host" or
             "host:port" means http; the port is 2379 if it is left out. IPv6 addresses stand in brackets.
-        transport: "grpcio".
+        transport: "http2", on Trio itself, without threads; or "grpcio", by the package of that name.
         tls: Not supported yet by this transport.
         username: Not supported yet by this transport.
         password: Not supported yet by this transport.
@@ -79,16 +81,18 @@ def open_etcd(  # noqa: PLR0913 - all but the first are named
         ValueError: an endpoint is malformed, or something is asked for that can not be done.
         TypeError: an endpoint is no str.
     """
-    if transport != "grpcio":
-        raise ValueError(f"this transport is not supported: {transport!r}; choose 'grpcio'")
+    if transport not in _TRANSPORTS:
+        raise ValueError(f"this transport is not supported: {transport!r}; choose one of {sorted(_TRANSPORTS)}")
     if tls is not None:
-        raise ValueError("transport 'grpcio' does not support tls yet")
+        raise ValueError(f"transport {transport!r} does not support tls yet")
     if username is not None or password is not None:
-        raise ValueError("transport 'grpcio' does not support username and password yet")
+        raise ValueError(f"transport {transport!r} does not support username and password yet")
     for name, seconds in (("dial_timeout", dial_timeout), ("call_timeout", call_timeout)):
         if not seconds > 0:
             raise ValueError(f"{name} must be more than 0 seconds: {seconds!r}")
-    return _opened(parse_endpoints(endpoints), dial_timeout=dial_timeout, call_timeout=call_timeout)
+    return _opened(
+        parse_endpoints(endpoints), transport, dial_timeout=dial_timeout, call_timeout=call_timeout
+    )
 
 
 def parse_endpoints(endpoints: str | Sequence[str]) -> tuple[Endpoint, ...]:
@@ -131,18 +135,38 @@ def _parse_endpoint(text: str) -> Endpoint:
     return Endpoint(url.hostname, port)
 
 
+def _grpcio() -> _Connect:
+    from etcd_infra._backends.grpcio_channel import GrpcioChannel
+
+    return lambda endpoint, dial_timeout, _: GrpcioChannel(str(endpoint), dial_timeout=dial_timeout)
+
+
+def _http2() -> _Connect:
+    from etcd_infra._backends.http2_channel import Http2Channel
+
+    return lambda endpoint, dial_timeout, background: Http2Channel(
+        endpoint, dial_timeout=dial_timeout, background=background
+    )
+
+
+_Connect: TypeAlias = "Callable[[Endpoint, float, Background], Channel]"
+_TRANSPORTS: Final[Mapping[str, Callable[[], _Connect]]] = {"http2": _http2, "grpcio": _grpcio}
+
+
 @asynccontextmanager
 async def _opened(
-    endpoints: tuple[Endpoint, ...], *, dial_timeout: float, call_timeout: float
+    endpoints: tuple[Endpoint, ...], transport: str, *, dial_timeout: float, call_timeout: float
 ) -> AsyncGenerator[Backend]:
     # The costly imports come now, while nothing is running yet that they could hold up.
-    from etcd_infra._backends.grpcio_channel import GrpcioChannel
     from etcd_infra._backends.rpc import RpcBackend
 
-    holder = Endpoints(endpoints, lambda endpoint: GrpcioChannel(str(endpoint), dial_timeout=dial_timeout))
+    connect = _TRANSPORTS[transport]()
+    holder: Endpoints | None = None
     try:
         async with open_background() as background:
+            holder = Endpoints(endpoints, lambda endpoint: connect(endpoint, dial_timeout, background))
             yield RpcBackend(holder, background, call_timeout=call_timeout, draw=random.Random().random)
     finally:
-        with trio.move_on_after(_CLOSE_SECONDS, shield=True):
-            await holder.aclose()
+        if holder is not None:
+            with trio.move_on_after(_CLOSE_SECONDS, shield=True):
+                await holder.aclose()

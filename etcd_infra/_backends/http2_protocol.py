@@ -1,0 +1,526 @@
+"""
+The client's side of HTTP/2 and gRPC, without I/O: bytes in and events out, calls in and bytes out.
+
+House rules. Nothing here waits, and nothing knows the time. What the peer does wrong on one stream ends that
+stream; what it does wrong on the connection ends the connection; neither raises. A request counts as handed
+over when its last byte was taken by `take`: before that the server can not have handled it.
+
+Source: RFC 9113; gRPC `doc/PROTOCOL-HTTP2.md`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from etcd_infra._backends import http2_frames as h2
+from etcd_infra._backends.grpc_headers import AnswerHeaders, AnswerHeadersDecoder, BadHeadersError
+from etcd_infra._backends.http2_frames import ErrorCode
+from etcd_infra._backends.http2_stream import MESSAGE_HEAD_BYTES, STREAM_WINDOW, BadMessageError, Stream
+from etcd_infra._backends.status import StatusCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+CONNECTION_WINDOW: Final = 32 * 1024 * 1024
+LARGEST_STREAM_ID: Final = 2**31 - 1
+# What a peer may make us keep: a block of headers in pieces, and answers that it does not read.
+_HEADER_BLOCK_LIMIT: Final = 128 * 1024
+_CONTINUATION_LIMIT: Final = 64
+_REPLIES_LIMIT: Final = 10_000
+
+_STATUS_OF_RESET: Final = {
+    ErrorCode.REFUSED_STREAM: StatusCode.UNAVAILABLE,
+    ErrorCode.CANCEL: StatusCode.CANCELLED,
+    ErrorCode.ENHANCE_YOUR_CALM: StatusCode.RESOURCE_EXHAUSTED,
+    ErrorCode.INADEQUATE_SECURITY: StatusCode.PERMISSION_DENIED,
+}
+
+
+class MessageReceived(NamedTuple):
+    """A whole message came; call `consumed` when it was taken."""
+
+    stream: Stream
+    message: bytes
+
+
+class StreamEnded(NamedTuple):
+    """
+    A call is over; its messages came before.
+
+    Attributes:
+        stream: The call.
+        code: gRPC's status code.
+        details: Its text.
+        never_sent: The server has certainly not handled the request.
+    """
+
+    stream: Stream
+    code: int
+    details: str
+    never_sent: bool
+
+
+Event: TypeAlias = MessageReceived | StreamEnded
+
+
+class _ConnectionFault(Exception):
+    def __init__(self, code: ErrorCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+
+
+class Http2Protocol:
+    """
+    One connection.
+
+    Invariant: each stream that was opened ends in exactly one `StreamEnded`, or in `cancel`.
+
+    Args:
+        largest_stream_id: Where the numbers of streams are used up.
+
+    Attributes:
+        is_ready: The server's first SETTINGS have come.
+        accepts_calls: Another call may be made on this connection.
+        is_broken: Nothing more can be said or heard.
+    """
+
+    def __init__(self, *, largest_stream_id: int = LARGEST_STREAM_ID) -> None:
+        self.is_ready = False
+        self.accepts_calls = True
+        self.is_broken = False
+        self._largest_stream_id = largest_stream_id
+        self._next_id = 1
+        self._streams: dict[int, Stream] = {}
+        self._queued: dict[Stream, None] = {}
+        self._sending: dict[Stream, None] = {}
+        self._completed: list[Stream] = []
+        self._out: list[bytes] = []
+        self._replies = 0
+        self._in = b""
+        self._events: list[Event] = []
+        self._headers = AnswerHeadersDecoder()
+        self._block: tuple[int, int, bytearray] | None = None
+        self._continuations = 0
+        self._send_window = h2.DEFAULT_WINDOW
+        self._stream_window = h2.DEFAULT_WINDOW
+        self._max_frame = h2.SMALLEST_MAX_FRAME
+        self._max_streams = LARGEST_STREAM_ID
+        self._receive_window = CONNECTION_WINDOW
+        greeting = {
+            h2.HEADER_TABLE_SIZE: 0,
+            h2.ENABLE_PUSH: 0,
+            h2.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+            h2.MAX_HEADER_LIST_SIZE: 64 * 1024,
+        }
+        self._out += [
+            h2.PREFACE,
+            h2.settings(greeting),
+            h2.window_update(0, CONNECTION_WINDOW - h2.DEFAULT_WINDOW),
+        ]
+
+    # ── what we say ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `take` has something to give."""
+        return bool(self._out)
+
+    @property
+    def open_calls(self) -> int:
+        """How many calls are not over."""
+        return len(self._streams) + len(self._queued)
+
+    def take(self) -> bytes:
+        """Return what has to be written now, and take it for written."""
+        out = b"".join(self._out)
+        self._out.clear()
+        self._replies = 0
+        for stream in self._completed:
+            stream.handed_over = True
+        self._completed.clear()
+        return out
+
+    def call(self, headers: bytes, message: bytes) -> Stream:
+        """Begin a call with one message, and no more."""
+        stream = Stream(headers, self._stream_window)
+        stream.write(message)
+        stream.ends = True
+        self._admit(stream)
+        return stream
+
+    def open(self, headers: bytes) -> Stream:
+        """Begin a call that stays open for messages."""
+        stream = Stream(headers, self._stream_window)
+        self._admit(stream)
+        return stream
+
+    def send(self, stream: Stream, message: bytes) -> None:
+        """Send a message on a stream that is open; nothing happens if it is over."""
+        if not stream.is_over:
+            stream.write(message)
+            if stream.id:
+                self._write(stream)
+
+    def cancel(self, stream: Stream) -> None:
+        """Forget a call, and tell the server; nothing happens if it is over."""
+        if stream.is_over:
+            return
+        if stream.id and not self.is_broken:
+            self._out.append(h2.rst_stream(stream.id, ErrorCode.CANCEL))
+        self._forget(stream)
+
+    def consumed(self, stream: Stream, message: bytes) -> None:
+        """Say that a message was taken: there is room for more."""
+        stream.held -= MESSAGE_HEAD_BYTES + len(message)
+        if not stream.is_over:
+            self._credit(stream)
+
+    def ping(self) -> None:
+        """Ask the server for a sign of life; any bytes of it are one."""
+        self._out.append(h2.ping(b"etcd-inf"))
+
+    def _admit(self, stream: Stream) -> None:
+        self._queued[stream] = None
+        self._admit_queued()
+
+    def _admit_queued(self) -> None:
+        while self._queued and self.accepts_calls and len(self._streams) < self._max_streams:
+            stream = next(iter(self._queued))
+            del self._queued[stream]
+            self._begin(stream)
+
+    def _begin(self, stream: Stream) -> None:
+        stream.id = self._next_id
+        self._next_id += 2
+        self._streams[stream.id] = stream
+        self._out.append(h2.header_frames(stream.id, stream.headers, self._max_frame))
+        if not stream.ends:
+            self._completed.append(stream)
+        self._write(stream)
+        if self._next_id > self._largest_stream_id:
+            self.accepts_calls = False
+            self._refuse_queued("the connection has no more numbers for streams")
+
+    def _refuse_queued(self, reason: str) -> None:
+        for stream in tuple(self._queued):
+            self._end(stream, StatusCode.UNAVAILABLE, reason, never_sent=True)
+
+    def _write(self, stream: Stream) -> None:
+        while stream.outgoing:
+            room = min(self._send_window, stream.send_window, self._max_frame)
+            if room <= 0:
+                self._sending[stream] = None
+                return
+            piece = stream.take_piece(room)
+            self._send_window -= len(piece)
+            stream.send_window -= len(piece)
+            last = stream.ends and not stream.outgoing
+            self._out.append(h2.frame(h2.DATA, h2.END_STREAM if last else 0, stream.id, piece))
+            if last:
+                self._completed.append(stream)
+        self._sending.pop(stream, None)
+
+    def _write_all(self) -> None:
+        # Whoever could not send everything goes to the end of the line.
+        for stream in list(self._sending):
+            if self._send_window <= 0:
+                break
+            del self._sending[stream]
+            self._write(stream)
+
+    # ── what we hear ────────────────────────────────────────────────────────────────────────────
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Read what came from the server; no bytes at all are the end of the connection."""
+        if self.is_broken:
+            return []
+        try:
+            if data:
+                self._read_frames(data)
+            else:
+                self._break("the connection was closed")
+        except _ConnectionFault as fault:
+            self._out.append(h2.goaway(fault.code, str(fault)))
+            self._break(f"{fault.code.name}: {fault}")
+        events, self._events = self._events, []
+        return events
+
+    def close(self, reason: str) -> list[Event]:
+        """End every call, because the connection is given up."""
+        self._break(reason)
+        events, self._events = self._events, []
+        return events
+
+    def _break(self, reason: str) -> None:
+        self.is_broken = True
+        self.accepts_calls = False
+        for stream in (*self._streams.values(), *self._queued):
+            self._end(stream, StatusCode.UNAVAILABLE, reason, never_sent=not stream.handed_over)
+
+    def _read_frames(self, data: bytes) -> None:
+        data = self._in + data if self._in else data
+        at, end = 0, len(data)
+        while end - at >= h2.HEAD_BYTES:
+            length = int.from_bytes(data[at : at + 3], "big")
+            if length > h2.SMALLEST_MAX_FRAME:
+                raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            begin = at + h2.HEAD_BYTES
+            if end - begin < length:
+                break
+            kind, flags = data[at + 3], data[at + 4]
+            stream_id = int.from_bytes(data[at + 5 : begin], "big") & LARGEST_STREAM_ID
+            at = begin + length
+            self._read_frame(kind, flags, stream_id, data[begin:at])
+        self._in = data[at:]
+
+    def _read_frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        if not self.is_ready and kind != h2.SETTINGS:
+            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the server did not begin with SETTINGS")
+        if self._block is not None and (kind != h2.CONTINUATION or stream_id != self._block[0]):
+            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a block of headers was interrupted")
+        reader = _READERS.get(kind)
+        # RFC 9113, 5.5: frames of unknown types are ignored.
+        if reader is not None:
+            reader(self, flags, stream_id, payload)
+
+    def _stream(self, stream_id: int) -> Stream | None:
+        """Return the stream of a frame; None if it is over already."""
+        stream = self._streams.get(stream_id)
+        if stream is None and (stream_id % 2 == 0 or stream_id >= self._next_id):
+            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream_id}, which nobody opened")
+        return stream
+
+    def _read_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        stream = self._stream(stream_id)
+        size = len(payload)
+        self._receive_window -= size
+        if self._receive_window < 0:
+            raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
+        if self._receive_window <= CONNECTION_WINDOW // 2:
+            # A stream that nobody reads has its own window: the connection never waits for it.
+            self._out.append(h2.window_update(0, CONNECTION_WINDOW - self._receive_window))
+            self._receive_window = CONNECTION_WINDOW
+        if stream is None:
+            return
+        stream.receive_window -= size
+        if stream.receive_window < 0:
+            self._abort(stream, ErrorCode.FLOW_CONTROL_ERROR, "more data than the stream's window")
+        elif not stream.is_answered:
+            self._abort(stream, ErrorCode.PROTOCOL_ERROR, "data before the answer's headers")
+        else:
+            self._read_messages(stream, _unpadded(flags, payload), ends=bool(flags & h2.END_STREAM))
+
+    def _read_messages(self, stream: Stream, data: bytes, *, ends: bool) -> None:
+        try:
+            for message in stream.read(data):
+                self._events.append(MessageReceived(stream, message))
+        except BadMessageError as error:
+            self._abort(stream, ErrorCode.CANCEL, str(error))
+            return
+        if ends:
+            self._finish(stream, StatusCode.INTERNAL, "the server ended the stream without a status")
+        else:
+            self._credit(stream)
+
+    def _credit(self, stream: Stream) -> None:
+        credit = stream.due_credit()
+        if credit:
+            self._out.append(h2.window_update(stream.id, credit))
+
+    def _read_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
+        payload = _unpadded(flags, payload)
+        if flags & h2.HAS_PRIORITY:
+            if len(payload) < 5:  # noqa: PLR2004 - RFC 9113, 6.2
+                raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS without room for a priority")
+            payload = payload[5:]
+        self._stream(stream_id)
+        if flags & h2.END_HEADERS:
+            self._read_block(flags, stream_id, payload)
+        else:
+            self._block = stream_id, flags, bytearray(payload)
+            self._continuations = 0
+
+    def _read_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if self._block is None:
+            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
+        _, first_flags, block = self._block
+        block += payload
+        self._continuations += 1
+        if len(block) > _HEADER_BLOCK_LIMIT or self._continuations > _CONTINUATION_LIMIT:
+            raise _ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "a block of headers without end")
+        if flags & h2.END_HEADERS:
+            self._block = None
+            self._read_block(first_flags, stream_id, bytes(block))
+
+    def _read_block(self, flags: int, stream_id: int, block: bytes) -> None:
+        try:
+            headers = self._headers.decode(block)
+        except BadHeadersError as error:
+            raise _ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from error
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        if flags & h2.END_STREAM:
+            self._read_trailers(stream, headers)
+        elif stream.is_answered:
+            self._abort(stream, ErrorCode.PROTOCOL_ERROR, "headers in the middle of an answer")
+        elif not headers.informational:
+            stream.is_answered = True
+            if headers.refusal is not None:
+                self._cancel_with(stream, *headers.refusal)
+
+    def _read_trailers(self, stream: Stream, headers: AnswerHeaders) -> None:
+        if headers.status is not None and (stream.is_answered or headers.refusal is None):
+            code, details = headers.status
+            if code == StatusCode.OK and stream.has_partial_message:
+                code, details = StatusCode.INTERNAL, "the answer ended within a message"
+        elif stream.is_answered or headers.refusal is None:
+            code, details = StatusCode.INTERNAL, "the server ended the stream without a status"
+        else:
+            code, details = headers.refusal
+        self._finish(stream, code, details)
+
+    def _read_reset(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        _check_size("RST_STREAM", payload, 4)
+        stream = self._stream(stream_id)
+        if stream is not None:
+            code = h2.read_u32(payload)
+            status = _STATUS_OF_RESET.get(ErrorCode(code) if code in _CODES else ErrorCode.INTERNAL_ERROR)
+            details = f"the server reset the stream: {h2.error_name(code)}"
+            # RFC 9113, 8.7: a refused stream was not processed at all.
+            never_sent = code == ErrorCode.REFUSED_STREAM or not stream.handed_over
+            self._end(stream, status or StatusCode.INTERNAL, details, never_sent=never_sent)
+
+    def _read_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id or len(payload) % 6 or (flags & h2.ACK and payload):
+            raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "malformed SETTINGS")
+        if flags & h2.ACK:
+            return
+        for name, value in h2.read_settings(payload):
+            self._apply_setting(name, value)
+        self.is_ready = True
+        self._reply(h2.settings_ack())
+        self._write_all()
+        self._admit_queued()
+
+    def _apply_setting(self, name: int, value: int) -> None:
+        if name == h2.MAX_CONCURRENT_STREAMS:
+            self._max_streams = value
+        elif name == h2.INITIAL_WINDOW_SIZE:
+            if value > h2.LARGEST_WINDOW:
+                raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {value} bytes")
+            for stream in (*self._streams.values(), *self._queued):
+                self._widen(stream, value - self._stream_window)
+            self._stream_window = value
+        elif name == h2.MAX_FRAME_SIZE:
+            if not h2.SMALLEST_MAX_FRAME <= value <= h2.LARGEST_MAX_FRAME:
+                raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"frames of {value} bytes")
+            self._max_frame = value
+
+    def _widen(self, stream: Stream, increment: int) -> None:
+        stream.send_window += increment
+        if stream.send_window > h2.LARGEST_WINDOW:
+            raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window is too large")
+
+    def _refuse_push(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
+        raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the server pushed, which was forbidden")
+
+    def _read_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
+        _check_size("PING", payload, 8)
+        if stream_id:
+            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
+        if not flags & h2.ACK:
+            self._reply(h2.ping(payload, ack=True))
+
+    def _reply(self, reply: bytes) -> None:
+        self._replies += 1
+        if self._replies > _REPLIES_LIMIT:
+            raise _ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "more questions than answers are read")
+        self._out.append(reply)
+
+    def _read_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id or len(payload) < 8:  # noqa: PLR2004 - RFC 9113, 6.8
+            raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "malformed GOAWAY")
+        last = h2.read_u32(payload) & LARGEST_STREAM_ID
+        self.accepts_calls = False
+        said = payload[8:200].decode("ascii", "replace")
+        details = f"the server goes away: {h2.error_name(h2.read_u32(payload, 4))} {said}".rstrip()
+        # RFC 9113, 6.8: streams above the last one were not processed, and never will be.
+        for stream in [stream for number, stream in self._streams.items() if number > last]:
+            self._end(stream, StatusCode.UNAVAILABLE, details, never_sent=True)
+        self._refuse_queued(details)
+
+    def _read_window_update(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        _check_size("WINDOW_UPDATE", payload, 4)
+        increment = h2.read_u32(payload) & LARGEST_STREAM_ID
+        if stream_id == 0:
+            self._send_window += increment
+            if not increment or self._send_window > h2.LARGEST_WINDOW:
+                raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window widened by {increment}")
+            self._write_all()
+            return
+        stream = self._stream(stream_id)
+        if stream is None:
+            return
+        if not increment or stream.send_window + increment > h2.LARGEST_WINDOW:
+            self._abort(stream, ErrorCode.FLOW_CONTROL_ERROR, f"a window widened by {increment}")
+            return
+        stream.send_window += increment
+        self._write(stream)
+
+    # ── how calls end ───────────────────────────────────────────────────────────────────────────
+
+    def _finish(self, stream: Stream, code: int, details: str) -> None:
+        """End a stream that the server has ended."""
+        if not stream.is_complete:
+            # It does not want to hear the rest.
+            self._out.append(h2.rst_stream(stream.id, ErrorCode.CANCEL))
+        self._end(stream, code, details, never_sent=False)
+
+    def _abort(self, stream: Stream, error: ErrorCode, details: str) -> None:
+        """End a stream on which the server did something wrong."""
+        self._out.append(h2.rst_stream(stream.id, error))
+        self._end(stream, StatusCode.INTERNAL, details, never_sent=False)
+
+    def _cancel_with(self, stream: Stream, code: int, details: str) -> None:
+        self._out.append(h2.rst_stream(stream.id, ErrorCode.CANCEL))
+        self._end(stream, code, details, never_sent=False)
+
+    def _end(self, stream: Stream, code: int, details: str, *, never_sent: bool) -> None:
+        self._forget(stream)
+        self._events.append(StreamEnded(stream, code, details, never_sent))
+
+    def _forget(self, stream: Stream) -> None:
+        stream.is_over = True
+        self._streams.pop(stream.id, None)
+        self._queued.pop(stream, None)
+        self._sending.pop(stream, None)
+        self._admit_queued()
+
+
+def _unpadded(flags: int, payload: bytes) -> bytes:
+    if not flags & h2.PADDED:
+        return payload
+    if not payload or payload[0] >= len(payload):
+        raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "more padding than frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+def _check_size(name: str, payload: bytes, size: int) -> None:
+    if len(payload) != size:
+        raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"{name} of {len(payload)} bytes")
+
+
+_CODES: Final = frozenset(ErrorCode)
+_READERS: Final[Mapping[int, Callable[[Http2Protocol, int, int, bytes], None]]] = {
+    h2.DATA: Http2Protocol._read_data,
+    h2.HEADERS: Http2Protocol._read_headers,
+    h2.RST_STREAM: Http2Protocol._read_reset,
+    h2.SETTINGS: Http2Protocol._read_settings,
+    h2.PUSH_PROMISE: Http2Protocol._refuse_push,
+    h2.PING: Http2Protocol._read_ping,
+    h2.GOAWAY: Http2Protocol._read_goaway,
+    h2.WINDOW_UPDATE: Http2Protocol._read_window_update,
+    h2.CONTINUATION: Http2Protocol._read_continuation,
+}
