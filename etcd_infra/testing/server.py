@@ -8,7 +8,6 @@ package (extra `server`), whose files are asked for, since a virtual environment
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import trio
 
+from etcd_infra.testing.plain_http import get_json, is_healthy
 from etcd_infra.testing.process import ChildProcess
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _PORTS: Final = range(20000, 32768)
 _START_SECONDS: Final = 20.0
 _START_TRIES: Final = 5
-_PROBE_SECONDS: Final = 1.0
 
 
 def find_etcd() -> Path | None:
@@ -69,6 +68,12 @@ class EtcdServer:
         >>> async with EtcdServer(extra_args=["--heartbeat-interval=20", "--election-timeout=200"]) as server:
         ...     async with open_etcd(server.endpoint) as backend: ...
 
+    Args:
+        binary: The program; None: the one that `find_etcd` finds.
+        tls: Not supported yet.
+        extra_args: More flags for the program; they win over ours.
+        log: A file that its output is added to and that is kept; None: a file that goes with the server.
+
     Attributes:
         endpoint: Where it answers; stays the same over restarts.
         version: What the server says it is, such as "3.5.1".
@@ -79,6 +84,8 @@ class EtcdServer:
         binary: str | os.PathLike[str] | None = None,
         tls: object = None,
         extra_args: Sequence[str] = (),
+        *,
+        log: str | os.PathLike[str] | None = None,
     ) -> None:
         if tls is not None:
             raise ValueError(f"EtcdServer can not serve TLS yet: {tls!r}")
@@ -86,7 +93,8 @@ class EtcdServer:
         self.version = ""
         self._binary = binary
         self._extra_args = tuple(extra_args)
-        self._directory = Path()
+        self._directory: Path | None = None
+        self._log = Path(log) if log is not None else None
         self._command: list[str] = []
         self._process: ChildProcess | None = None
 
@@ -105,9 +113,9 @@ class EtcdServer:
             )
         self._directory = Path(tempfile.mkdtemp(prefix="etcd-infra-"))
         try:
-            await self._start_on_free_ports(binary.absolute())
+            await self._start_on_free_ports(binary.absolute(), self._directory)
         except BaseException:
-            self._clean_up()
+            self.reap()
             raise
         return self
 
@@ -118,7 +126,7 @@ class EtcdServer:
         traceback: TracebackType | None,
     ) -> None:
         # No checkpoint here: SIGKILL works on a stopped process too, and nothing is worth saving.
-        self._clean_up()
+        self.reap()
 
     @property
     def pid(self) -> int:
@@ -151,6 +159,13 @@ class EtcdServer:
             await self.stop()
         await self._start()
 
+    def reap(self) -> None:
+        """End it and remove its data, without Trio: right in every state, also if it was never started."""
+        if self._process is not None:
+            self._process.reap()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
     def log_tail(self) -> str:
         """Return the end of the server's log."""
         return self._running().log_tail()
@@ -160,9 +175,10 @@ class EtcdServer:
             raise RuntimeError("this EtcdServer has not been entered")
         return self._process
 
-    async def _start_on_free_ports(self, binary: Path) -> None:
+    async def _start_on_free_ports(self, binary: Path, directory: Path) -> None:
+        self._log = self._log or directory / "etcd.log"
         for left in reversed(range(_START_TRIES)):
-            self._choose_ports(binary)
+            self._choose_ports(binary, directory)
             try:
                 await self._start()
             except RuntimeError as error:
@@ -172,13 +188,13 @@ class EtcdServer:
                 raise
             return
 
-    def _choose_ports(self, binary: Path) -> None:
+    def _choose_ports(self, binary: Path, directory: Path) -> None:
         self.endpoint = f"http://127.0.0.1:{free_port()}"
         peer = f"http://127.0.0.1:{free_port()}"
         self._command = [
             str(binary),
             "--name=member",
-            f"--data-dir={self._directory / 'data'}",
+            f"--data-dir={directory / 'data'}",
             f"--listen-client-urls={self.endpoint}",
             f"--advertise-client-urls={self.endpoint}",
             f"--listen-peer-urls={peer}",
@@ -189,11 +205,12 @@ class EtcdServer:
         ]
 
     async def _start(self) -> None:
-        self._process = ChildProcess(self._command, log=self._directory / "etcd.log", env=_environment())
+        assert self._log is not None
+        self._process = ChildProcess(self._command, log=self._log, env=_environment())
         with trio.move_on_after(_START_SECONDS):
             while self._process.returncode is None:
-                if await _is_healthy(self.endpoint):
-                    self.version = str((await _get_json(self.endpoint, "/version"))["etcdserver"])
+                if await is_healthy(self.endpoint):
+                    self.version = str((await get_json(self.endpoint, "/version"))["etcdserver"])
                     return
                 await trio.sleep(0.02)
         fact = (
@@ -201,11 +218,6 @@ class EtcdServer:
         )
         self._process.reap()
         raise RuntimeError(f"etcd did not start ({fact}); the end of its log:\n{self._process.log_tail()}")
-
-    def _clean_up(self) -> None:
-        if self._process is not None:
-            self._process.reap()
-        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _find_packaged() -> Path | None:
@@ -220,24 +232,3 @@ def _find_packaged() -> Path | None:
 def _environment() -> dict[str, str]:
     # etcd: reads every flag from ETCD_… too, so the developer's own settings would get in.
     return {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
-
-
-async def _is_healthy(endpoint: str) -> bool:
-    try:
-        answer = await _get_json(endpoint, "/health")
-    except (OSError, ValueError, trio.BrokenResourceError):
-        return False
-    return answer.get("health") == "true"
-
-
-async def _get_json(endpoint: str, path: str) -> dict[str, object]:
-    """Ask etcd's plain HTTP side; an empty answer if it does not speak in a second."""
-    host, port = endpoint.removeprefix("http://").rsplit(":", 1)
-    answer = b""
-    with trio.move_on_after(_PROBE_SECONDS):
-        async with await trio.open_tcp_stream(host, int(port)) as stream:
-            await stream.send_all(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-            async for chunk in stream:
-                answer += chunk
-            return json.loads(answer.partition(b"\r\n\r\n")[2])
-    return {}

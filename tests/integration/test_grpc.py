@@ -33,8 +33,7 @@ from etcd_infra.errors import (
     OutcomeUnknownError,
     UnavailableError,
 )
-from etcd_infra.testing.server import EtcdServer, find_etcd
-from tests.helpers.proxy import open_mute_listener, open_proxy
+from etcd_infra.testing import EtcdServer, find_etcd, open_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(find_etcd() is None, reason="no etcd program here")]
 
@@ -257,9 +256,10 @@ async def test_name_that_does_not_resolve_is_unavailable():
             await backend.put(b"k", b"v")
 
 
-async def test_mute_listener_is_unavailable_within_the_dial_timeout():
+async def test_mute_listener_is_unavailable_within_the_dial_timeout(server):
     """An endpoint that accepts and says nothing has certainly got no request."""
-    async with open_mute_listener() as mute, open_etcd(mute, dial_timeout=0.5) as backend:
+    async with open_proxy(server.endpoint) as mute, open_etcd(mute.endpoint, dial_timeout=0.5) as backend:
+        mute.black_hole()
         began = trio.current_time()
         with pytest.raises(UnavailableError):
             await backend.put(b"k", b"v")
@@ -320,9 +320,10 @@ async def test_recovery_after_an_outage_is_quick(server):
 async def test_silent_member_is_left_for_one_that_answers(server):
     """With one member stopped, calls and keep-alives go on through the other within the call time-out."""
     async with (
-        open_mute_listener() as mute,
-        open_etcd([mute, server.endpoint], dial_timeout=0.5, call_timeout=1.0) as backend,
+        open_proxy(server.endpoint) as mute,
+        open_etcd([mute.endpoint, server.endpoint], dial_timeout=0.5, call_timeout=1.0) as backend,
     ):
+        mute.black_hole()
         _, seconds = await until_it_works(lambda: backend.get(b"k"))
         assert seconds < 2.0
         granted, _ = await until_it_works(lambda: backend.lease_grant(10))

@@ -11,9 +11,7 @@ from etcd_infra._backends import watch_buffer
 from etcd_infra._backends.opening import open_etcd
 from etcd_infra._etcd.model import KeyRange
 from etcd_infra.errors import CompactedError, OutcomeUnknownError, StoreResetError, UnavailableError
-from etcd_infra.testing.server import EtcdServer, find_etcd
-from tests.helpers.cluster import open_cluster
-from tests.helpers.proxy import open_proxy
+from etcd_infra.testing import EtcdCluster, EtcdServer, find_etcd, open_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(find_etcd() is None, reason="no etcd program here")]
 
@@ -219,7 +217,8 @@ async def test_wiped_store_is_told():
 @pytest.mark.slow
 async def test_stopped_member_is_noticed_by_pings(server):
     """An idle watch on a member that was stopped under it is made anew elsewhere within 15 seconds."""
-    async with open_cluster() as members:
+    async with EtcdCluster(3, election_timeout=0.5) as cluster:
+        members = cluster.members
         endpoints = [member.endpoint for member in members]
         async with open_etcd(endpoints, dial_timeout=1.0) as backend, backend.watch(PREFIX) as watch:
             members[0].pause()
@@ -234,7 +233,8 @@ async def test_stopped_member_is_noticed_by_pings(server):
 @pytest.mark.slow
 async def test_member_without_quorum_ends_the_stream():
     """A watch on a member that lost the quorum is not silent: it is made anew when there is a leader again."""
-    async with open_cluster() as members:
+    async with EtcdCluster(3, election_timeout=0.5) as cluster:
+        members = cluster.members
         async with open_etcd(members[0].endpoint, call_timeout=1.0) as backend, backend.watch(PREFIX) as watch:
             for member in members[1:]:
                 member.pause()
@@ -251,16 +251,11 @@ async def test_member_without_quorum_ends_the_stream():
 @pytest.mark.slow
 async def test_lease_outlives_a_leader_that_pauses():
     """Renewals that rotate over the members keep a short lease alive while the leader is stopped for 6 s."""
-    async with open_cluster(extra_args=()) as members:
-        endpoints = [member.endpoint for member in members]
+    async with EtcdCluster(3, election_timeout=1.0) as cluster:
+        endpoints = [member.endpoint for member in cluster.members]
         async with open_etcd(endpoints, dial_timeout=0.5, call_timeout=0.8) as backend:
             granted = await backend.lease_grant(4)
-            leader = (await backend.status()).leader
-            ids = {}
-            for member in members:
-                async with open_etcd(member.endpoint) as single:
-                    ids[(await single.status()).member] = member
-            ids[leader].pause()
+            (await cluster.leader()).pause()
             began = last = trio.current_time()
             longest = 0.0
             while trio.current_time() - began < 6:

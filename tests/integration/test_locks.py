@@ -15,10 +15,8 @@ import trio
 
 from etcd_infra import LockLostError, open_coordinator, open_etcd
 from etcd_infra.abc import KeyRange, Range
-from etcd_infra.testing import EtcdServer, find_etcd
-from tests.helpers.cluster import open_cluster
+from etcd_infra.testing import EtcdCluster, EtcdServer, find_etcd, open_proxy
 from tests.helpers.etcds import etcdctl_beside, every_etcd
-from tests.helpers.proxy import open_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(find_etcd() is None, reason="no etcd program here")]
 
@@ -172,9 +170,12 @@ async def test_late_copies_through_a_paused_member_never_come_back(runs):
     No key appears after the caller was told that the line is left, in any run, and a refused attempt never
     takes the lock.
     """
-    async with open_cluster() as members, open_etcd(members[2].endpoint) as observer:
+    async with (
+        EtcdCluster(3, election_timeout=0.5) as cluster,
+        open_etcd(cluster.members[2].endpoint) as observer,
+    ):
         for run in range(runs):
-            await one_late_run(members, observer, b"job-%d" % run, refused=run % 2 == 1)
+            await one_late_run(cluster.members, observer, b"job-%d" % run, refused=run % 2 == 1)
 
 
 async def one_late_run(members, observer, name, *, refused) -> None:

@@ -70,7 +70,17 @@ def test_names_of_the_package_root():
 
 def test_names_for_tests():
     """`etcd_infra.testing` offers exactly these names."""
-    expected = {"EtcdServer", "FaultyBackend", "MemoryEtcd", "RecordingBackend", "check_backend", "find_etcd"}
+    expected = {
+        "EtcdCluster",
+        "EtcdServer",
+        "FaultyBackend",
+        "MemoryEtcd",
+        "RecordingBackend",
+        "TcpProxy",
+        "check_backend",
+        "find_etcd",
+        "open_proxy",
+    }
     assert expected == set(etcd_infra.testing.__all__)
 
 
