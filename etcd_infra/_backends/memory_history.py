@@ -63,6 +63,18 @@ class History:
             raise LookupError(f"revisions {first} to {oldest - 1} were forgotten; see `keep_history`")
         return self.commits[max(0, first - oldest) : max(0, last + 1 - oldest)]
 
+    def none(self) -> History:
+        """Return an empty history of the same habits."""
+        return History(keep=self._keep, auto_compact=self._auto_compact)
+
+    def copy(self) -> History:
+        """Return a history of the same commits."""
+        twin = self.none()
+        twin.commits = list(self.commits)
+        twin.compacted = self.compacted
+        twin._forgotten = self._forgotten
+        return twin
+
     def overdue(self) -> int:
         """Say at which revision automatic compaction is to be made now; 0: at none."""
         # Twice as much may gather: forgetting a few thousand at once costs next to nothing for each.

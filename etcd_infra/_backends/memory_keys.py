@@ -60,6 +60,17 @@ class KeySpace:
     def __len__(self) -> int:
         return len(self._live)
 
+    def copy(self) -> KeySpace:
+        """Return a key space of the same states."""
+        twin = KeySpace()
+        for key, states in self._states.items():
+            twin._states[key] = list(states)
+            twin._known_keys.add(key)
+        for key, state in self._live.items():
+            twin._live[key] = state
+            twin._live_keys.add(key)
+        return twin
+
     def get(self, key: bytes) -> KeyValue | None:
         """Return the present state of one key."""
         return self._live.get(key)

@@ -75,6 +75,24 @@ class Leases:
         found.deadline = now + found.ttl
         return found.ttl
 
+    def refresh(self, now: float) -> None:
+        """Give every lease its full time again."""
+        for lease in self._leases.values():
+            lease.deadline = now + lease.ttl
+
+    def none(self) -> Leases:
+        """Return no leases, of the same minimum TTL."""
+        return Leases(self._min_ttl)
+
+    def copy(self) -> Leases:
+        """Return leases of the same ids, TTLs, deadlines and keys."""
+        twin = Leases(self._min_ttl)
+        twin._last_id = self._last_id
+        for lease in self._leases.values():
+            twin._leases[lease.id] = Lease(lease.id, lease.ttl, lease.deadline, set(lease.keys))
+            heappush(twin._due, (lease.deadline, lease.id))
+        return twin
+
     def remove(self, lease: int) -> Lease:
         """
         End a lease; its keys are the caller's business.

@@ -80,6 +80,15 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Backup:
+    """What `Store.back_up` saved; of no use but to `Store.restore`."""
+
+    history: History
+    keys: KeySpace
+    leases: Leases
+
+
+@dataclass(frozen=True, slots=True)
 class _Path:
     """Which branches a Txn and the ones nested in it take."""
 
@@ -106,9 +115,12 @@ class Store:
         self.history = History(keep=keep_history, auto_compact=auto_compact_revisions)
         self._keys = KeySpace()
         self._leases = Leases(min_ttl)
-        self._watchers = Watchers(self.history, progress_seconds)
+        self._watchers = self._make_watchers(progress_seconds)
         self._max_ops = max_ops
         self._changes: list[Event] = []
+
+    def _make_watchers(self, progress_seconds: float) -> Watchers:
+        return Watchers(self.history, progress_seconds)
 
     # ── reads ───────────────────────────────────────────────────────────────────────────────────
 
@@ -385,6 +397,32 @@ class Store:
         """List the ids of all leases."""
         self.advance(now)
         return self._leases.ids()
+
+    def refresh_leases(self, now: float) -> None:
+        """Give every lease its full time again, as a new leader does, also one that is overdue."""
+        # etcd: only the leader revokes, and checkpoints of remaining TTLs are off by default.
+        self._leases.refresh(now)
+
+    # ── backups ─────────────────────────────────────────────────────────────────────────────────
+
+    def back_up(self, now: float) -> Backup:
+        """Save everything."""
+        self.advance(now)
+        return Backup(self.history.copy(), self._keys.copy(), self._leases.copy())
+
+    def restore(self, backup: Backup | None, now: float) -> None:
+        """
+        Go back to a backup, or (None) to an empty store; whoever has a watch must make it anew.
+
+        Leases that the backup has get their full time again, as under a new leader.
+        """
+        if backup is None:
+            self.history, self._keys, self._leases = self.history.none(), KeySpace(), self._leases.none()
+        else:
+            self.history = backup.history.copy()
+            self._keys, self._leases = backup.keys.copy(), backup.leases.copy()
+            self._leases.refresh(now)
+        self._watchers = self._make_watchers(self._watchers.progress_seconds)
 
     def advance(self, now: float) -> None:
         """End the leases whose time is over at `now`, the earliest first."""

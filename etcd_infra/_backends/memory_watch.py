@@ -201,10 +201,14 @@ class Watchers:
 
     def open(self, request: WatchRequest, now: float) -> Watcher:
         """Create a watch; its first answer says so."""
-        watcher = Watcher(self, request, now)
+        watcher = self.make(request, now)
         if watcher.in_step:
             self.add(watcher)
         return watcher
+
+    def make(self, request: WatchRequest, now: float) -> Watcher:
+        """Make a watch of this store's kind."""
+        return Watcher(self, request, now)
 
     def add(self, watcher: Watcher) -> None:
         """Tell a watch about commits from now on."""

@@ -91,7 +91,8 @@ class Janitor:
     async def _look(self) -> None:
         hanging = (await self._backend.lease_time_to_live(self._lease.id, keys=True)).keys
         strangers = frozenset(hanging) - self.known_keys
-        for key in strangers & self._suspects:
+        # In order: what is sent must not depend on hash seeds, or a simulation could not be repeated.
+        for key in sorted(strangers & self._suspects):
             found = await self._backend.get(key)
             if found is not None and found.lease == self._lease.id and key not in self.known_keys:
                 logger.warning("deleting %r: it hangs on our lease, and nobody here knows it", key)

@@ -1,0 +1,187 @@
+"""
+Oracles of locks, on the true history of a store: who was first in line at each revision, and who wrote.
+
+They need nothing of a lock's implementation but its layout: a *line* is a prefix that ends in a slash, and the
+owner of a line is its key with the smallest create revision; that create revision is the owner's token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from etcd_infra.testing.violation import Violation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from etcd_infra._backends.memory_history import Commit
+    from etcd_infra._etcd.model import Event
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a fenced write says of itself: which line it is guarded by, and under which token it was sent."""
+
+    line: bytes
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """
+    One acquisition, as its caller saw it.
+
+    Attributes:
+        line: The prefix of the line.
+        token: The create revision that the caller was told.
+        called_revision: The store's revision when the caller asked.
+        granted_revision: The store's revision when the caller was told.
+        who: For people.
+    """
+
+    line: bytes
+    token: int
+    called_revision: int
+    granted_revision: int
+    who: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Who was first in a line, from one revision up to, not including, another (0: still)."""
+
+    token: int
+    begin: int
+    end: int = 0
+
+
+class Lines:
+    """The lines of all locks while a history is replayed."""
+
+    def __init__(self, locks: bytes) -> None:
+        self._locks = locks
+        self._members: dict[bytes, dict[bytes, int]] = {}
+
+    def owner(self, line: bytes) -> int:
+        """Return the token of who is first in a line; 0: nobody is in it."""
+        return min(self._members.get(line, {}).values(), default=0)
+
+    def apply(self, event: Event) -> bytes | None:
+        """Take in one event; return the line that it concerns."""
+        key = event.key
+        if not key.startswith(self._locks):
+            return None
+        line = key[: key.rfind(b"/") + 1]
+        members = self._members.setdefault(line, {})
+        if event.is_delete:
+            members.pop(key, None)
+        else:
+            members[key] = event.kv.create_revision
+        return line
+
+
+def check_fences(
+    commits: Iterable[Commit], locks: bytes, claim_of: Callable[[Event], Claim | None]
+) -> list[Violation]:
+    """
+    Check that every fenced write was sent by who owned the lock at that revision (L1).
+
+    Args:
+        commits: The whole history, from the first revision on.
+        locks: The prefix of all lines.
+        claim_of: Says under which token an event's write was sent; None: it is no fenced write.
+    """
+    found: list[Violation] = []
+    lines = Lines(locks)
+    for commit in commits:
+        # etcd: a Txn's compares see the state before it.
+        owners = {
+            claim: lines.owner(claim.line)
+            for event in commit.events
+            if not event.is_delete and (claim := claim_of(event)) is not None
+        }
+        for claim, owner in owners.items():
+            if claim.token != owner:
+                what = f"a write under token {claim.token} of {claim.line!r} was applied; the owner is {owner or 'nobody'}"
+                found.append(Violation("L1", what, commit.revision))
+        for event in commit.events:
+            lines.apply(event)
+    return found
+
+
+def turns(commits: Iterable[Commit], locks: bytes) -> dict[bytes, list[Turn]]:
+    """Say who was first in each line, when."""
+    found: dict[bytes, list[Turn]] = {}
+    lines = Lines(locks)
+    for commit in commits:
+        concerned = {line: None for event in commit.events if (line := lines.apply(event)) is not None}
+        for line in concerned:
+            history = found.setdefault(line, [])
+            owner = lines.owner(line)
+            if history and history[-1].token == owner and not history[-1].end:
+                continue
+            if history and not history[-1].end:
+                history[-1] = Turn(history[-1].token, history[-1].begin, commit.revision)
+            if owner:
+                history.append(Turn(owner, commit.revision))
+    return found
+
+
+def check_grants(commits: Iterable[Commit], locks: bytes, grants: Sequence[Grant]) -> list[Violation]:
+    """
+    Check what callers were told about owning locks (L2, L3, L5).
+
+    Each grant's key must have been the first in its line at some revision between call and return; so grants come
+    in the order of the create revisions. No token is granted twice; and of two grants the one that was asked for
+    after the other had been told has the larger token.
+
+    Args:
+        commits: The whole history, from the first revision on.
+        locks: The prefix of all lines.
+        grants: In any order.
+    """
+    found: list[Violation] = []
+    history = turns(commits, locks)
+    for grant in grants:
+        first = any(
+            turn.token == grant.token
+            and turn.begin <= grant.granted_revision
+            and (not turn.end or turn.end > grant.called_revision)
+            for turn in history.get(grant.line, ())
+        )
+        if not first:
+            found.append(
+                Violation("L3", f"{grant} was never first in line while it was asked for", grant.granted_revision)
+            )
+    return found + _token_order(grants)
+
+
+def _token_order(grants: Sequence[Grant]) -> list[Violation]:
+    found: list[Violation] = []
+    by_line: dict[bytes, list[Grant]] = {}
+    for grant in grants:
+        by_line.setdefault(grant.line, []).append(grant)
+    for of_line in by_line.values():
+        by_token: dict[int, Grant] = {}
+        for grant in of_line:
+            if (other := by_token.setdefault(grant.token, grant)) is not grant:
+                found.append(Violation("L2", f"one token for two: {other}, {grant}", grant.granted_revision))
+        found += _out_of_order(of_line)
+    return found
+
+
+def _out_of_order(grants: Sequence[Grant]) -> list[Violation]:
+    found: list[Violation] = []
+    told = sorted(grants, key=lambda grant: grant.granted_revision)
+    highest: Grant | None = None
+    position = 0
+    for asked in sorted(grants, key=lambda grant: grant.called_revision):
+        while position < len(told) and told[position].granted_revision < asked.called_revision:
+            if highest is None or told[position].token > highest.token:
+                highest = told[position]
+            position += 1
+        if highest is not None and asked.token <= highest.token:
+            what = f"{asked} was asked for after {highest} was told, and its token is not larger"
+            found.append(Violation("L2", what, asked.granted_revision))
+    return found

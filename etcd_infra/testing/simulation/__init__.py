@@ -1,0 +1,1 @@
+"""Programs on several nodes under faults that one seed decides; see `docs/simulation.md`."""

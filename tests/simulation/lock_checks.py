@@ -1,0 +1,269 @@
+"""The lock's invariants L1 to L8, checked on what really happened in a simulated run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+
+from etcd_infra._etcd.keys import Keys, place_lease
+from etcd_infra._etcd.model import KeyRange, Txn
+from etcd_infra.testing import Claim, FaultKind, Grant, Violation, check_fences, check_grants
+from tests.simulation.locks import DATA, KEYS
+
+SIGNAL_SECONDS = 1.0
+HAND_OVER_SECONDS = 1.0
+SUSPEND_SECONDS = 1.2
+UNSETTLED_SECONDS = 16.0
+STOPS = frozenset({FaultKind.PAUSE, FaultKind.BLOCK, FaultKind.SUSPEND})
+HARMLESS = frozenset({FaultKind.CANCEL, FaultKind.COMPACTION, FaultKind.FOREIGN_DELETE, FaultKind.FOREIGN_RECREATE, FaultKind.REVOKE})
+STOLEN = frozenset({FaultKind.FOREIGN_DELETE, FaultKind.FOREIGN_RECREATE, FaultKind.REVOKE, FaultKind.SPURIOUS_REVOKE})
+STRAY_COPIES = frozenset({FaultKind.DUPLICATE, FaultKind.FOREIGN_RECREATE})
+RESETS = frozenset({FaultKind.RESTORE, FaultKind.WIPE})
+
+
+@dataclass
+class Story:
+    """One acquisition from being asked for to its end; moments are true seconds, None if not reached."""
+
+    process: str
+    operation: int
+    lock: str
+    way: str
+    asked: float
+    asked_revision: int
+    lineage: int
+    granted: float | None = None
+    granted_revision: int = 0
+    granted_lineage: int = -1
+    token: int = 0
+    key: bytes = b""
+    leaving: float | None = None
+    leaving_status: str = ""
+    end: str = ""
+    ended: float | None = None
+
+    @property
+    def node(self):
+        """Name the node."""
+        return self.process.partition("#")[0]
+
+
+def stories(run):
+    """Put together what the programs told of each acquisition."""
+    found = {}
+    for note in run.notes:
+        operation = note.facts.get("operation")
+        if note.what == "asked":
+            found[operation] = Story(
+                note.process, operation, note.facts["lock"], note.facts["way"], note.at, note.revision, note.lineage
+            )
+        elif note.what == "granted":
+            story = found[operation]
+            story.granted, story.granted_revision, story.granted_lineage = note.at, note.revision, note.lineage
+            story.token, story.key = note.facts["token"], note.facts["key"]
+        elif note.what == "leaving" and found[operation].leaving is None:
+            found[operation].leaving, found[operation].leaving_status = note.at, note.facts["status"]
+        elif note.what in {"done", "failed", "cancelled"} and not found[operation].end:
+            found[operation].end, found[operation].ended = note.what, note.at
+    return found
+
+
+class LockChecks:
+    """All checks of one run; `hits` counts for each invariant what was really checked, and when and where."""
+
+    def __init__(self, run):
+        self.run = run
+        self.stories = list(stories(run).values())
+        self.hits = []
+        self._resets = [strike.begin for strike in run.strikes if strike.kind in RESETS]
+
+    def __call__(self):
+        """Check everything."""
+        return [
+            *self.fences(),
+            *self.grants(),
+            *self.losses(),
+            *self.hand_overs(),
+            *self.foreign_releases(),
+        ]
+
+    def hit(self, invariant, at, node=""):
+        """Note that an invariant was checked on something that happened."""
+        self.hits.append((invariant, at, node))
+
+    # ── L1 ──────────────────────────────────────────────────────────────────────────────────────
+
+    def fences(self):
+        """Check that each fenced write came from the owner."""
+        for lineage, began in zip(self.run.lineages, self.run.began_at, strict=True):
+            yield from check_fences([timed.commit for timed in lineage], KEYS.locks, claim_of)
+            for timed in lineage:
+                if timed.at >= began and any(claim_of(event) for event in timed.commit.events):
+                    self.hit("L1", timed.at, timed.origin.partition("#")[0])
+
+    # ── L2, L3, L5 ──────────────────────────────────────────────────────────────────────────────
+
+    def grants(self):
+        """Check what callers were told against who was first in line."""
+        for number, lineage in enumerate(self.run.lineages):
+            told = [story for story in self.stories if story.granted_lineage == number == story.lineage]
+            grants = [
+                Grant(
+                    KEYS.lock_line(story.lock), story.token, story.asked_revision, story.granted_revision, story.process
+                )
+                for story in told
+            ]
+            yield from check_grants([timed.commit for timed in lineage], KEYS.locks, grants)
+            for story in told:
+                for invariant in ("L2", "L3", "L5"):
+                    self.hit(invariant, story.granted, story.node)
+
+    # ── L7 ──────────────────────────────────────────────────────────────────────────────────────
+
+    def losses(self):
+        """Check that a body ended before its lease could, and soon after its key was deleted."""
+        deleted = self._deletions()
+        for story in self.stories:
+            if story.granted is None:
+                continue
+            gone = deleted.get((story.granted_lineage, story.key, story.token))
+            if gone is None or gone.origin.partition("#")[0] == story.node and isinstance(gone.request, Txn):
+                continue
+            left = story.leaving
+            if left is None and self._died(story):
+                continue
+            left = self.run.calm_at + 10**6 if left is None else left
+            if gone.origin == "expiry":
+                yield from self._expired(story, gone, left)
+            else:
+                yield from self._deleted(story, gone, left)
+
+    def _expired(self, story, gone, left):
+        allowed = self._runs_again(story.node, gone.at)
+        self.hit("L7", gone.at, story.node)
+        if left > allowed:
+            yield Violation("L7", f"{story} went on after its lease had ended at {gone.at}", left)
+        elif story.leaving_status == "acquired" and left > gone.at:
+            yield Violation("L7", f"{story} called itself held after its lease had ended at {gone.at}", left)
+
+    def _deleted(self, story, gone, left):
+        if left < gone.at:
+            return
+        self.hit("L7", gone.at, story.node)
+        if self._undisturbed(story.node, gone.at - UNSETTLED_SECONDS, left) and left > gone.at + SIGNAL_SECONDS:
+            yield Violation("L7", f"{story} was told late of the deletion at {gone.at}", left)
+
+    def _deletions(self):
+        found = {}
+        for number, lineage in enumerate(self.run.lineages):
+            for timed in lineage:
+                for event in timed.commit.events:
+                    if event.is_delete and event.prev_kv is not None and event.key.startswith(KEYS.locks):
+                        incarnation = (number, event.key, event.prev_kv.create_revision)
+                        found.setdefault(incarnation, timed)
+        return found
+
+    def _died(self, story):
+        return any(
+            strike.kind is FaultKind.KILL and strike.node == story.node and strike.begin >= story.granted
+            for strike in self.run.strikes
+        )
+
+    def _runs_again(self, node, at):
+        """Say until when a node may be late: a process that is stopped sees nothing."""
+        until = at
+        for strike in sorted(self.run.strikes, key=lambda strike: strike.begin):
+            if strike.kind in STOPS and strike.node == node and strike.begin <= until <= strike.end + SUSPEND_SECONDS:
+                until = max(until, min(strike.end, max(self.run.calm_at, until)) + SUSPEND_SECONDS)
+        return until
+
+    def _undisturbed(self, node, begin, end):
+        return not any(
+            strike.kind not in HARMLESS and strike.node in {"", node} and strike.begin <= end and strike.end >= begin
+            for strike in self.run.strikes
+        )
+
+    # ── L4 ──────────────────────────────────────────────────────────────────────────────────────
+
+    def hand_overs(self):
+        """Check that an undisturbed waiter is granted its turn at once when it comes."""
+        for story in self.stories:
+            if story.granted is None or story.way in {"attempt", "manual"}:
+                continue
+            turn = self._turn_began(story)
+            if turn is None or turn <= story.asked:
+                continue
+            if self._undisturbed(story.node, story.asked - UNSETTLED_SECONDS, story.granted):
+                self.hit("L4", turn, "")
+                if story.granted > turn + HAND_OVER_SECONDS:
+                    yield Violation("L4", f"{story} waited on although its turn came at {turn}", story.granted)
+
+    def _turn_began(self, story):
+        if story.lineage != story.granted_lineage:
+            return None
+        turns = self._turns(story.granted_lineage)
+        return turns.get((KEYS.lock_line(story.lock), story.token))
+
+    def _turns(self, number):
+        if not hasattr(self, "_all_turns"):
+            self._all_turns = {}
+        if number not in self._all_turns:
+            from etcd_infra.testing.fences import turns
+
+            lineage = self.run.lineages[number]
+            at = {timed.commit.revision: timed.at for timed in lineage}
+            history = turns([timed.commit for timed in lineage], KEYS.locks)
+            self._all_turns[number] = {
+                (line, turn.token): at[turn.begin] for line, found in history.items() for turn in reversed(found)
+            }
+        return self._all_turns[number]
+
+    # ── L8 ──────────────────────────────────────────────────────────────────────────────────────
+
+    def foreign_releases(self):
+        """Check that each process deletes only its own incarnations, and none that it still holds."""
+        held = {(story.granted_lineage, story.key, story.token): story for story in self.stories if story.token}
+        owner = self._lease_owners()
+        for number, lineage in enumerate(self.run.lineages):
+            for timed in lineage:
+                if timed.at < self.run.began_at[number] or not isinstance(timed.request, Txn) or "#" not in timed.origin:
+                    continue
+                yield from self._own_deletions(timed, number, held, owner)
+
+    def _own_deletions(self, timed, number, held, owner):
+        for event in timed.commit.events:
+            if not event.is_delete or not event.key.startswith(KEYS.locks):
+                continue
+            self.hit("L8", timed.at, timed.origin.partition("#")[0])
+            theirs = owner.get(place_lease(event.key))
+            if theirs is not None and theirs != timed.origin:
+                yield Violation("L8", f"{timed.origin} deleted {event.key!r} of {theirs}", timed.at)
+            story = held.get((number, event.key, event.prev_kv.create_revision))
+            if story is not None and (story.leaving is None or story.leaving > timed.at) and not self._died(story):
+                yield Violation("L8", f"{timed.origin} deleted what it held: {story}", timed.at)
+
+    def _lease_owners(self):
+        return self.run.leases
+
+
+def claim_of(event):
+    """Read under which token a fenced write was sent."""
+    if not event.key.startswith(DATA) or event.is_delete:
+        return None
+    name, token, _, _ = json.loads(event.kv.value)
+    return Claim(KEYS.lock_line(name), token)
+
+
+def nothing_left(simulation):
+    """Check, while every session is open, that nothing of any acquisition is left (L6)."""
+    run = simulation.run
+    # A copy made by a middle layer, or a key that a stranger puts back, comes after leaving: the patrol's business.
+    if any(strike.kind in STRAY_COPIES for strike in run.strikes):
+        return
+    living = {machine.process.id for machine in simulation.machines.values()}
+    mine = {lease for lease, process in run.leases.items() if process in living}
+    for kv in simulation.server.store.snapshot().kvs:
+        if kv.key.startswith(KEYS.locks) and kv.lease in mine:
+            yield Violation("L6", f"{kv} is left although every acquisition has ended", simulation.now)

@@ -1,0 +1,176 @@
+"""Programs that contend for locks in every way there is, and tell what they see."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+
+import trio
+
+from etcd_infra import open_coordinator
+from etcd_infra._etcd.keys import Keys
+from etcd_infra._etcd.model import Put, Txn
+from etcd_infra._primitives.lock import Renewal
+from etcd_infra.errors import EtcdError, LostError, OutcomeUnknownError
+from etcd_infra.testing import FaultKind, Settings
+
+NAMESPACE = "sim"
+KEYS = Keys(NAMESPACE)
+DATA = b"data/"
+WAYS = ("block", "block", "by hand", "attempt", "own lease", "manual", "in time")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a seed decides besides its faults."""
+
+    ttl: int
+    locks: tuple[str, ...]
+    tasks: int
+    work: float
+    pause: float
+    settings: Settings
+
+
+def shape_of(seed, *, kinds=tuple(FaultKind)):
+    """Draw a run's shape: mostly small, since small runs find as much, and there can be more of them."""
+    draw = Random(f"{seed}/shape")
+    ttl = draw.choice((2, 3, 3, 5, 5, 10))
+    seconds = draw.choice((6.0, 8.0, 12.0))
+    settings = Settings(
+        nodes=("a", "b", "c")[: draw.choice((2, 2, 3))],
+        seconds=seconds,
+        calm_seconds=2.0 * ttl + 10,
+        prefix=KEYS.locks,
+        kinds=kinds,
+    )
+    return Shape(
+        ttl=ttl,
+        locks=("job", "job2")[: draw.choice((1, 1, 2))],
+        tasks=draw.choice((1, 1, 2)),
+        work=draw.choice((0.1, 0.5, 2.0)),
+        pause=draw.choice((0.1, 0.5, 1.0)),
+        settings=settings,
+    )
+
+
+class LockProgram:
+    """The program of one run; an instance is what `simulate` calls."""
+
+    def __init__(self, shape):
+        self.shape = shape
+        self._operations = 0
+
+    async def __call__(self, process):
+        """Contend until it is calm; then take each lock once more, and rest."""
+        while True:
+            try:
+                async with self._open(process) as infra:
+                    async with trio.open_nursery() as nursery:
+                        for _ in range(self.shape.tasks):
+                            nursery.start_soon(self._work, process, infra)
+                    await process.rest()
+                    return
+            except EtcdError as error:
+                process.note("refused", error=type(error).__name__)
+                await trio.sleep(0.5)
+
+    def _open(self, process):
+        return open_coordinator(
+            process.backend,
+            namespace=NAMESPACE,
+            ttl=self.shape.ttl,
+            node_id=process.id,
+            random=process.random,
+            boot_clock=process.boot_clock,
+        )
+
+    async def _work(self, process, infra):
+        while not process.calm:
+            await self._round(process, infra, process.random.choice(WAYS))
+            await trio.sleep(process.random.uniform(0, self.shape.pause))
+        for name in self.shape.locks:
+            while not await self._round(process, infra, "block", name=name, last=True):
+                await trio.sleep(0.1)
+
+    async def _round(self, process, infra, way, *, name=None, last=False):
+        """Take a lock once; return whether it was held, and given back."""
+        draw = process.random
+        name = name or draw.choice(self.shape.locks)
+        self._operations += 1
+        operation = self._operations
+        patience = draw.uniform(0.01, 3) if way == "in time" else 60.0
+        process.note("asked", operation=operation, lock=name, way=way)
+        held = False
+        with process.interruptible() as interrupted:
+            try:
+                with trio.move_on_after(patience) as late:
+                    async with self._taken(infra, process, way, name, operation) as hold:
+                        held = hold is not None
+                        if hold is not None:
+                            await self._body(process, name, operation, hold, last=last)
+                            process.note("leaving", operation=operation, token=hold.token, status=str(hold.status))
+                if late.cancelled_caught:
+                    process.note("cancelled", operation=operation)
+            except (EtcdError, LostError) as error:
+                process.note("failed", operation=operation, error=type(error).__name__)
+                return False
+        if interrupted.cancelled_caught:
+            process.note("cancelled", operation=operation)
+            return False
+        process.note("done", operation=operation)
+        return held
+
+    @asynccontextmanager
+    async def _taken(self, infra, process, way, name, operation):
+        if way == "attempt":
+            async with infra.lock(name).attempt() as hold:
+                if hold is not None:
+                    tell(process, name, operation, hold)
+                yield hold
+            return
+        options = {}
+        if way == "own lease":
+            options["ttl"] = self.shape.ttl
+        if way == "manual":
+            options["renewal"] = Renewal.MANUAL
+        lock = infra.lock(name, **options)
+        if way == "by hand":
+            hold = await lock.acquire()
+            tell(process, name, operation, hold)
+            try:
+                yield hold
+            finally:
+                await hold.release()
+            return
+        async with lock as hold:
+            tell(process, name, operation, hold)
+            yield hold
+
+    async def _body(self, process, name, operation, hold, *, last):
+        """Write under the fence now and then, until the work is done or the hold is lost."""
+        draw = process.random
+        try:
+            for number in range(1 if last else draw.randint(1, 3)):
+                await self._write(process, name, operation, hold, number)
+                await trio.sleep(0.01 if last else draw.uniform(0, self.shape.work))
+                hold.check()
+        except BaseException:
+            process.note("leaving", operation=operation, token=hold.token, status=str(hold.status))
+            raise
+
+    async def _write(self, process, name, operation, hold, number):
+        value = json.dumps([name, hold.token, operation, number]).encode()
+        try:
+            written = await process.backend.txn(Txn(hold.fence.proof, (Put(DATA + name.encode(), value),)))
+        except OutcomeUnknownError:
+            process.note("unknown", operation=operation, token=hold.token)
+        else:
+            process.note("written" if written.succeeded else "fenced", operation=operation, token=hold.token)
+
+
+def tell(process, name, operation, hold):
+    """Note a grant."""
+    process.note("granted", operation=operation, lock=name, token=hold.token, key=hold.fence.proof[0].range.key)
