@@ -1,0 +1,147 @@
+"""
+One process of the proving ground: takes locks again and again, writes under its fence, logs every step.
+
+``python lock_worker.py CONFIG``, one JSON object. Each step is one line of JSON in the log, with the time of the
+monotonic clock, which all processes of a machine share; a step is logged before the next one begins, so that a
+kill loses nothing but the step that was under way. When all rounds are done the process says so and keeps its
+session, until it is asked to end by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import trio
+
+from etcd_infra import EtcdInfraError, LostError, OutcomeUnknownError, open_coordinator
+from etcd_infra.abc import KeyRange, Put, Range, Txn
+
+NOWHERE = Range(KeyRange.one(b"\0"), count_only=True)
+
+
+class Worker:
+    """Takes turns until enough of them were granted."""
+
+    def __init__(self, infra, config):
+        self._infra = infra
+        self._name = config["name"]
+        self._locks = config["locks"]
+        self._rounds = config["rounds"]
+        self._rest = config["rest"]
+        self._random = random.Random(config["name"])
+        self._log = os.open(config["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._operation = 0
+
+    def say(self, event, **facts):
+        """Log one step."""
+        line = {"event": event, "at": time.monotonic(), "op": self._operation, **facts}
+        os.write(self._log, json.dumps(line).encode() + b"\n")
+
+    async def revision(self):
+        """Ask for the store's revision."""
+        while True:
+            try:
+                return (await self._infra.backend.range(NOWHERE)).revision
+            except EtcdInfraError:
+                await trio.sleep(0.05)
+
+    async def run(self):
+        """Work."""
+        granted = 0
+        while granted < self._rounds:
+            self._operation += 1
+            granted += await self.turn()
+            await trio.sleep(self._random.random() * self._rest)
+        self._operation += 1
+        self.say("done", revision=await self.revision())
+
+    async def turn(self):
+        """Ask for a lock once, in one way or another; return whether it was granted."""
+        name = self._random.choice(self._locks)
+        ttl = 4 if self._random.random() < 0.1 else None
+        kind = self._random.choices(("wait", "attempt", "impatient"), (80, 8, 12))[0]
+        self.say("call", lock=name, kind=kind, revision=await self.revision())
+        lock = self._infra.lock(name, ttl=ttl)
+        self._hold = None
+        outcome = "released"
+        try:
+            if kind == "attempt":
+                async with lock.attempt() as hold:
+                    if hold is None:
+                        outcome = "refused"
+                    else:
+                        await self.body(name, hold)
+            elif kind == "impatient":
+                with trio.move_on_after(self._random.random() * 0.05) as patience:
+                    hold = await lock.acquire()
+                    patience.deadline = float("inf")
+                    async with hold.scope():
+                        await self.body(name, hold)
+                if patience.cancelled_caught:
+                    outcome = "cancelled"
+            else:
+                async with lock as hold:
+                    await self.body(name, hold)
+        except LostError as error:
+            outcome = f"lost: {error}"
+        except EtcdInfraError as error:
+            outcome = f"failed: {type(error).__name__}: {error}"
+        self.say("return", outcome=outcome)
+        if self._hold is not None and outcome.startswith("lost"):
+            # What a careless program would do: etcd must refuse it, whenever the owner changed.
+            await self.write(name, self._hold, "late")
+        return self._hold is not None
+
+    async def body(self, name, hold):
+        """Write twice under the fence, so that another holder's writes could come between."""
+        self._hold = hold
+        self.say("granted", lock=name, token=hold.token, key=hold.fence.proof[0].range.key.decode())
+        await self.write(name, hold, "first")
+        await trio.sleep(self._random.random() * 0.01)
+        await self.write(name, hold, "second")
+
+    async def write(self, name, hold, which):
+        """Write once under the fence, and log what is known of the outcome."""
+        value = {"worker": self._name, "op": self._operation, "lock": name, "token": hold.token, "which": which}
+        put = Put(f"{self._infra.namespace}/register/{name}".encode(), json.dumps(value).encode())
+        facts = {"lock": name, "token": hold.token, "which": which}
+        self.say("send", **facts)
+        try:
+            answer = await self._infra.backend.txn(Txn(hold.fence.proof, (put,)))
+        except OutcomeUnknownError:
+            self.say("unknown", **facts)
+        except EtcdInfraError as error:
+            self.say("failed", error=type(error).__name__, **facts)
+        except trio.Cancelled:
+            self.say("unknown", **facts)
+            raise
+        else:
+            self.say("written" if answer.succeeded else "refused", revision=answer.revision, **facts)
+
+
+async def main(config):
+    """Open a coordinator, work, keep the session, end."""
+    with trio.open_signal_receiver(signal.SIGTERM) as asked_to_end:
+        async with open_coordinator(
+            config["endpoints"],
+            namespace=config["namespace"],
+            node_id=config["name"],
+            ttl=config["ttl"],
+            call_timeout=1.0,
+            dial_timeout=1.0,
+        ) as infra:
+            worker = Worker(infra, config)
+            worker.say("ready")
+            await worker.run()
+            await anext(aiter(asked_to_end))
+        worker.say("closed")
+
+
+if __name__ == "__main__":
+    trio.run(main, json.loads(Path(sys.argv[1]).read_text()))
