@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Final
 
 from etcd_infra._backends.memory_store import Store
 from etcd_infra._backends.memory_watch import Watcher, Watchers
-from etcd_infra._etcd.model import LeaseRenewal, WatchResponse
+from etcd_infra._etcd.model import LeaseRenewal, Range, TxnResult, WatchResponse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from random import Random
 
     from etcd_infra._backends.memory_history import Commit, History
-    from etcd_infra._etcd.model import Event, Range, RangeResult, WatchRequest
+    from etcd_infra._etcd.model import Event, RangeResult, Txn, WatchRequest
 
 _STALE_BY: Final = 5
 _STRIKES: Final = 0.3
@@ -45,7 +45,7 @@ class ServerBug(StrEnum):
     RENEWED_THOUGH_REVOKED = "renewed though revoked"
     """A renewal is answered with success although the lease was revoked (#20615)."""
     STALE_READ = "stale read"
-    """A linearizable read shows an older revision (#20418). Transactions are not concerned: they go through raft."""
+    """A linearizable read shows an older revision (#20418). What writes or compares is not concerned."""
 
 
 class Misbehaviour:
@@ -78,15 +78,27 @@ class BuggyStore(Store):
     def range(self, request: Range, now: float) -> RangeResult:
         """Read keys, perhaps as they were some revisions ago."""
         self.advance(now)
-        oldest = max(2, self.compact_revision, self.revision - _STALE_BY)
-        if (
-            request.revision > 0
-            or oldest >= self.revision
-            or not self.misbehaviour.strikes(ServerBug.STALE_READ)
-        ):
+        stale = 0 if request.revision > 0 else self._stale_revision()
+        if not stale:
             return super().range(request, now)
-        past = super().range(replace(request, revision=oldest), now)
-        return replace(past, revision=oldest)
+        return replace(super().range(replace(request, revision=stale), now), revision=stale)
+
+    def txn(self, request: Txn, now: float) -> TxnResult:
+        """Apply a Txn; one that only reads, perhaps as of some revisions ago."""
+        self.advance(now)
+        reads = [op for op in request.success if isinstance(op, Range) and not op.revision]
+        if request.compare or not request.is_read_only or len(reads) < len(request.success):
+            return super().txn(request, now)
+        stale = self._stale_revision()
+        if not stale:
+            return super().txn(request, now)
+        answers = [super(BuggyStore, self).range(replace(read, revision=stale), now) for read in reads]
+        return TxnResult(succeeded=True, results=tuple(answers), revision=stale)
+
+    def _stale_revision(self) -> int:
+        """Draw whether a read is stale; return how old it is, or 0."""
+        oldest = max(2, self.compact_revision, self.revision - _STALE_BY)
+        return oldest if oldest < self.revision and self.misbehaviour.strikes(ServerBug.STALE_READ) else 0
 
     def lease_keep_alive(self, lease: int, now: float) -> LeaseRenewal:
         """Renew a lease, or say so."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from random import Random
 
-    from etcd_infra._etcd.backend import Backend
+    from etcd_infra._etcd.backend import Backend, WatchStream
     from etcd_infra._etcd.model import WatchBatch
 
 logger = logging.getLogger("etcd_infra.watch")
@@ -95,6 +95,7 @@ class KeyWatch:
         # Dictionaries as ordered sets: the order of wake-ups must not depend on addresses.
         self._listeners: defaultdict[bytes, dict[Listener, None]] = defaultdict(dict)
         self._refused: EtcdError | None = None
+        self._stream: WatchStream | None = None
         self._heirs: dict[bytes, Heir] = {}
         self._wanted = trio.Event()
         self._created = trio.Event()
@@ -142,6 +143,11 @@ class KeyWatch:
                 raise self._refused
             await self._created.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
+
+    @property
+    def created_revision(self) -> int:
+        """The store's revision when the watch was last created: only a read at or after it misses nothing."""
+        return self._stream.created_revision if self._stream is not None else 0
 
     def guard(self, key: bytes, created: int, gone: Callable[[], None]) -> Guarded:
         """
@@ -203,6 +209,7 @@ class KeyWatch:
         try:
             watched = KeyRange.prefix(self._prefix)
             async with self._backend.watch(watched, no_put=True, coordination=True) as stream:
+                self._stream = stream
                 self._created.set()
                 self._refused = None
                 self._everybody_reads_again()
@@ -276,6 +283,9 @@ class KeyWatch:
     async def _read(self, guards: Sequence[Guarded]) -> None:
         reads = tuple(Range(KeyRange.one(guarded.key), keys_only=True) for guarded in guards)
         answer = await self._backend.txn(Txn(success=reads))
+        if answer.revision < self.created_revision:
+            # etcd: some servers answer linearizable reads with an older revision now and then (#20418).
+            raise UnavailableError(f"a stale read: at {answer.revision}, not {self.created_revision}")
         for guarded, found in zip(guards, answer.results, strict=True):
             assert isinstance(found, RangeResult)
             if not found.kvs or found.kvs[0].create_revision != guarded.created:

@@ -11,19 +11,23 @@ from etcd_infra.testing.fences import Claim, Grant, check_fences, check_grants
 from etcd_infra.testing.proxy import TcpProxy, open_proxy
 from etcd_infra.testing.recording import RecordingBackend
 from etcd_infra.testing.server import EtcdServer, find_etcd
+from etcd_infra.testing.simulation.counters import Counters, Hit
 from etcd_infra.testing.simulation.faults import Fault, FaultKind, draw_plan
 from etcd_infra.testing.simulation.process import Note, SimulatedProcess
+from etcd_infra.testing.simulation.shrinking import shrink
 from etcd_infra.testing.simulation.simulation import Settings, Simulation, SimulationRun, Strike, simulate
 from etcd_infra.testing.violation import Violation
 
 __all__ = [
     "Claim",
+    "Counters",
     "EtcdCluster",
     "EtcdServer",
     "Fault",
     "FaultKind",
     "FaultyBackend",
     "Grant",
+    "Hit",
     "MemoryEtcd",
     "Note",
     "RecordingBackend",
@@ -41,5 +45,6 @@ __all__ = [
     "draw_plan",
     "find_etcd",
     "open_proxy",
+    "shrink",
     "simulate",
 ]
