@@ -201,6 +201,7 @@ class Simulation:
     async def play(self, at_rest: Callable[[Simulation], Iterable[Violation]] | None) -> None:
         """Go through the phases."""
         replace_deadlines(self.timeline)
+        self.clock.happenings = self.timeline
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for machine in self.machines.values():

@@ -46,6 +46,11 @@ def runnable_tasks() -> deque[trio.lowlevel.Task]:
     return cast("deque[trio.lowlevel.Task]", _runner().runq)
 
 
+def something_runs() -> bool:
+    """Whether some task is about to run."""
+    return bool(_runner().runq)
+
+
 def somebody_waits_for_idle() -> bool:
     """Whether some task is in `trio.testing.wait_all_tasks_blocked`."""
     return bool(_runner().waiting_for_idle)
