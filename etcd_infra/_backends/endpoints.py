@@ -36,6 +36,8 @@ class EndpointPolicy:
 
     def choose(self, now: float) -> int:
         """Return the endpoint for an ordinary call: the last one while it is well, else the next that is."""
+        if self.is_well(self._current, now):
+            return self._current
         self._current = self._first_well(self._current, now)
         return self._current
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from etcd_infra._backends.channel import ByteStream, ChannelError
-from etcd_infra._backends.http2_protocol import Http2Protocol, MessageReceived
+from etcd_infra._backends.http2_protocol import Http2Protocol, MessageReceived, StreamEnded
 from etcd_infra._backends.status import StatusCode
 
 if TYPE_CHECKING:
@@ -186,9 +186,11 @@ class Connection:
 
     def _expire(self, now: float) -> None:
         for stream, call in [entry for entry in self._calls.items() if entry[1].deadline <= now]:
-            never_sent = not stream.is_complete
+            ending = StreamEnded(
+                stream, StatusCode.DEADLINE_EXCEEDED, "no answer in time", never_sent=not stream.is_complete
+            )
             self.cancel(stream)
-            call.end(ChannelError(StatusCode.DEADLINE_EXCEEDED, "no answer in time", never_sent=never_sent))
+            call.end(ending)
 
     def _is_alive(self, now: float) -> bool:
         if self._pinged_at is not None:
@@ -220,7 +222,7 @@ class Connection:
                 call.deliver(event.message)
             else:
                 del self._calls[event.stream]
-                call.end(ChannelError(event.code, event.details, never_sent=event.never_sent))
+                call.end(event)
 
     def _give_up(self, fact: str) -> None:
         self.fact = fact
@@ -240,13 +242,13 @@ class _UnaryCall:
         self.deadline = deadline
         self._task = task
         self._answers: list[bytes] = []
-        self._ending: ChannelError | None = None
+        self._ending: StreamEnded | None = None
 
     def deliver(self, message: bytes) -> None:
         """Keep an answer."""
         self._answers.append(message)
 
-    def end(self, ending: ChannelError) -> None:
+    def end(self, ending: StreamEnded) -> None:
         """Let the task go on."""
         self._ending = ending
         trio.lowlevel.reschedule(self._task)
@@ -256,7 +258,7 @@ class _UnaryCall:
         ending = self._ending
         assert ending is not None
         if ending.code != StatusCode.OK:
-            raise ending
+            raise _failure(ending)
         if len(self._answers) != 1:
             raise ChannelError(StatusCode.INTERNAL, f"{len(self._answers)} answers instead of one")
         return self._answers[0]
@@ -298,17 +300,20 @@ class ConnectionStream(ByteStream):
         self._incoming.append(message)
         self._notify()
 
-    def end(self, ending: ChannelError) -> None:
+    def end(self, ending: StreamEnded) -> None:
         """Note how the stream ended."""
-        if ending.code == StatusCode.OK:
-            ending = ChannelError(StatusCode.OK, "the server ended the stream")
-        self._ending = ending
+        is_ok = ending.code == StatusCode.OK
+        self._ending = ChannelError(StatusCode.OK, "the server ended the stream") if is_ok else _failure(ending)
         self._notify()
 
     def _notify(self) -> None:
         if not self._news.is_set():
             news, self._news = self._news, trio.Event()
             news.set()
+
+
+def _failure(ending: StreamEnded) -> ChannelError:
+    return ChannelError(ending.code, ending.details, never_sent=ending.never_sent)
 
 
 def _described(error: trio.BrokenResourceError) -> str:

@@ -86,13 +86,8 @@ class RpcBackend(Backend):
         check_txn_request(request)
         if request.is_read_only:
             return wire.decode_txn(await self._read(_TXN, wire.encode_txn(request)), request)
-        keys = request.written_keys
         return await self._write(
-            _TXN,
-            wire.encode_txn(request),
-            lambda answer: wire.decode_txn(answer, request),
-            summary=f"a Txn that writes {_listed(keys)}",
-            keys=keys,
+            _TXN, wire.encode_txn(request), lambda answer: wire.decode_txn(answer, request), request
         )
 
     def watch(  # noqa: PLR0913 - as the waist has it
@@ -118,7 +113,7 @@ class RpcBackend(Backend):
             _COMPACT,
             wire.encode_compact(revision),
             lambda answer: wire.decode_revision("CompactionResponse", answer),
-            summary=f"a compaction at {revision}",
+            f"a compaction at {revision}",
         )
 
     async def lease_grant(self, ttl: int, /, *, lease: int = 0) -> LeaseGrant:
@@ -128,7 +123,7 @@ class RpcBackend(Backend):
             _GRANT,
             wire.encode_lease_grant(ttl, lease),
             wire.decode_lease_grant,
-            summary=f"the grant of lease {lease:x}",
+            f"the grant of lease {lease:x}",
         )
 
     async def lease_keep_alive(self, lease: int, /) -> LeaseRenewal:
@@ -144,7 +139,7 @@ class RpcBackend(Backend):
             _REVOKE,
             wire.encode_lease(lease),
             lambda answer: wire.decode_revision("LeaseRevokeResponse", answer),
-            summary=f"the revocation of lease {lease:x}",
+            f"the revocation of lease {lease:x}",
         )
 
     async def lease_time_to_live(self, lease: int, /, *, keys: bool = False) -> LeaseTimeToLive:
@@ -173,22 +168,19 @@ class RpcBackend(Backend):
             raise read_error(error.code, error.details) from error
 
     async def _write(
-        self,
-        method: str,
-        request: bytes,
-        decode: Callable[[bytes], T],
-        *,
-        summary: str,
-        keys: tuple[bytes, ...] = (),
+        self, method: str, request: bytes, decode: Callable[[bytes], T], subject: Txn | str
     ) -> T:
+        """Send what may change something; `subject` is for the message if its outcome is unknown."""
         try:
             return decode(await self._unary(method, request, metadata=wire.HAS_LEADER))
         except ChannelError as error:
+            summary, keys = _described(subject)
             raise write_error(
                 error.code, error.details, never_sent=error.never_sent, summary=summary, keys=keys
             ) from error
         except InvalidAnswerError as error:
             # Whatever the answer was meant to say, the request may well have been applied.
+            summary, keys = _described(subject)
             raise OutcomeUnknownError(f"{summary} that makes sense ({error})", keys) from error
 
     async def _unary(self, method: str, request: bytes, *, metadata: Metadata, rotate: bool = False) -> bytes:
@@ -217,6 +209,9 @@ class RpcBackend(Backend):
         self._watching.leave(endpoint)
 
 
-def _listed(keys: tuple[bytes, ...]) -> str:
+def _described(subject: Txn | str) -> tuple[str, tuple[bytes, ...]]:
+    if isinstance(subject, str):
+        return subject, ()
+    keys = subject.written_keys
     first, *others = keys
-    return f"{first!r} and {len(others)} more" if others else repr(first)
+    return f"a Txn that writes {f'{first!r} and {len(others)} more' if others else repr(first)}", keys

@@ -202,10 +202,10 @@ class Txn:
     @property
     def is_read_only(self) -> bool:
         """Whether no branch can write; such a Txn may be sent twice without harm."""
-        return all(
-            isinstance(op, Range) or (isinstance(op, Txn) and op.is_read_only)
-            for op in self.success + self.failure
-        )
+        for op in self.success + self.failure:
+            if not (isinstance(op, Range) or (isinstance(op, Txn) and op.is_read_only)):
+                return False
+        return True
 
     @property
     def written_keys(self) -> tuple[bytes, ...]:

@@ -24,6 +24,8 @@ from etcd_infra.errors import EtcdError, LeaseNotFoundError, SessionLostError, S
 if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
+    from types import TracebackType
+    from typing import Self
 
     from etcd_infra._etcd.backend import Backend
     from etcd_infra._session.clock import Clock, Instant
@@ -77,6 +79,7 @@ class LivingLease:
         self._hurry = trio.Event()
         self.id = lease
         self.ttl = ttl
+        self._trusted = ttl - margin(ttl)
         self.status = SessionStatus.ALIVE
         self.error: Exception | None = None
         self.lost = trio.Event()
@@ -89,7 +92,7 @@ class LivingLease:
         """Seconds of life that are proven; 0 when lost."""
         if self.status is SessionStatus.LOST:
             return 0.0
-        return max(0.0, self.ttl - margin(self.ttl) - self._clock.since(self._proven_at))
+        return max(0.0, self._trusted - self._clock.since(self._proven_at))
 
     def is_lost(self) -> bool:
         """Whether it is over; looks at the clocks, so that it is true at once after a long pause."""
@@ -113,6 +116,7 @@ class LivingLease:
         if self.is_lost():
             return
         self.ttl = ttl
+        self._trusted = ttl - margin(ttl)
         if sent_at.monotonic >= self._proven_at.monotonic:
             self._proven_at = sent_at
         self.status = SessionStatus.ALIVE
@@ -255,21 +259,26 @@ class Tether:
 
     def __init__(self, *leases: LivingLease) -> None:
         self.leases = leases
-        self.scope = trio.CancelScope()
+        self.scope = trio.CancelScope(deadline=self._end_of_trust())
 
-    def tie(self) -> None:
-        """Bind the scope to the leases."""
+    def __enter__(self) -> Self:
+        self.scope.__enter__()
         for lease in self.leases:
             lease.tie(self)
-        self.update()
+        return self
 
-    def untie(self) -> None:
-        """Let go; the scope has no deadline then."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         for lease in self.leases:
             lease.untie(self)
+        return self.scope.__exit__(kind, error, trace)
 
     def update(self) -> None:
         """Set the scope's deadline to the earliest end of trust."""
         # A deadline, not only a cancel by the renewal task: a loop that was blocked for a minute must
         # see the end at its first checkpoint, whichever task runs first.
-        self.scope.deadline = min(lease.deadline for lease in self.leases)
+        self.scope.deadline = self._end_of_trust()
+
+    def _end_of_trust(self) -> float:
+        return min([lease.deadline for lease in self.leases])

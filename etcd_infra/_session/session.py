@@ -25,7 +25,7 @@ Source
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Protocol
@@ -50,7 +50,7 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from random import Random
 
     from etcd_infra._etcd.backend import Backend
@@ -150,16 +150,9 @@ class Session:
         """Wait until the session is lost."""
         await self.lease.lost.wait()
 
-    @contextmanager
-    def tether(self, *leases: LivingLease) -> Generator[Tether]:
-        """Open a scope that is cancelled when the session, or one of `leases`, is lost."""
-        tether = Tether(self.lease, *leases)
-        with tether.scope:
-            tether.tie()
-            try:
-                yield tether
-            finally:
-                tether.untie()
+    def tether(self, *leases: LivingLease) -> Tether:
+        """Return a scope, to be entered, that is cancelled when the session, or one of `leases`, is lost."""
+        return Tether(self.lease, *leases)
 
     def next_number(self) -> int:
         """Return a number that this session never used in a key's name."""

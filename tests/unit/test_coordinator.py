@@ -36,7 +36,7 @@ def clean_environment(monkeypatch):
         (("memory://",), {"namespace": "x" * 600}, ValueError, "600"),
         (("memory://",), {"namespace": 7}, TypeError, "7"),
         (("http://127.0.0.1:1",), {"transport": "carrier pigeon"}, ValueError, "carrier pigeon"),
-        (("http://127.0.0.1:1",), {"transport": "http2"}, ValueError, "http2"),
+        (("http://127.0.0.1:1",), {"transport": "gateway"}, ValueError, "gateway"),
         (("https://127.0.0.1:1",), {}, ValueError, "https"),
         (("http://127.0.0.1:1",), {"username": "u", "password": "p"}, ValueError, "password"),
         (("http://127.0.0.1:1",), {"call_timeout": 0}, ValueError, "0"),
@@ -71,7 +71,7 @@ async def test_environment_names_everything(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("TRANSPORT", "http2"),
+        ("TRANSPORT", "gateway"),
         ("USERNAME", "root"),
         ("PASSWORD", "secret"),
         ("CACERT", "ca.pem"),

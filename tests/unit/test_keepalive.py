@@ -89,12 +89,10 @@ async def test_clocks_that_drift_apart_move_the_deadline(etcd, autojump_clock):
     suspended = 0.0
     clock = Clock(lambda: trio.current_time() + suspended)
     lease = await granted(etcd, clock, ttl=60)
-    tether = Tether(lease)
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lease.keep_alive)
-        with tether.scope:
-            tether.tie()
+        with Tether(lease):
             await trio.sleep(1.5)
             suspended = 49.5
             await trio.sleep_forever()

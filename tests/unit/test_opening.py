@@ -78,7 +78,6 @@ def test_endpoints_of_another_type_are_refused(given):
     ("options", "shown"),
     [
         ({"transport": "carrier-pigeon"}, "carrier-pigeon"),
-        ({"transport": "http2"}, "http2"),
         ({"transport": "gateway"}, "gateway"),
         ({"tls": object()}, "tls"),
         ({"username": "root", "password": "secret"}, "username"),
