@@ -38,7 +38,7 @@ def shape_of(seed, *, kinds=tuple(FaultKind)):
     """Draw a run's shape: mostly small, since small runs find as much, and there can be more of them."""
     draw = Random(f"{seed}/shape")
     ttl = draw.choice((2, 3, 3, 5, 5, 10))
-    seconds = draw.choice((6.0, 8.0, 12.0))
+    seconds = draw.choice((4.0, 6.0, 10.0))
     settings = Settings(
         nodes=("a", "b", "c")[: draw.choice((2, 2, 3))],
         seconds=seconds,
@@ -154,21 +154,33 @@ class LockProgram:
         draw = process.random
         try:
             for number in range(1 if last else draw.randint(1, 3)):
-                await self._write(process, name, operation, hold, number)
-                await trio.sleep(0.01 if last else draw.uniform(0, self.shape.work))
+                await self.write(process, name, operation, hold, number)
+                # When it is calm everybody hurries, so that the bound on getting through is the locks' own.
+                await trio.sleep(0.01 if last or process.calm else draw.uniform(0, self.shape.work))
                 hold.check()
         except BaseException:
             process.note("leaving", operation=operation, token=hold.token, status=str(hold.status))
             raise
 
-    async def _write(self, process, name, operation, hold, number):
-        value = json.dumps([name, hold.token, operation, number]).encode()
+    async def write(self, process, name, operation, hold, number):
+        """Write once, guarded by the fence."""
+        value = self.value_of(name, hold, operation, number)
         try:
-            written = await process.backend.txn(Txn(hold.fence.proof, (Put(DATA + name.encode(), value),)))
+            written = await process.backend.txn(Txn(hold.fence.proof, (Put(self.data_key(name), value),)))
         except OutcomeUnknownError:
             process.note("unknown", operation=operation, token=hold.token)
         else:
             process.note("written" if written.succeeded else "fenced", operation=operation, token=hold.token)
+
+    @staticmethod
+    def data_key(name):
+        """Name what a lock protects."""
+        return DATA + name.encode()
+
+    @staticmethod
+    def value_of(name, hold, operation, number):
+        """Say in a value under which token it was written."""
+        return json.dumps([name, hold.token, operation, number]).encode()
 
 
 def tell(process, name, operation, hold):
