@@ -34,6 +34,10 @@ protobuf-matrix:
 bench *ARGS:
     {{python}} benchmarks/locks.py {{ARGS}}
 
+# The bugs of naive implementations, put into a copy of the tree: some test must fail with each of them.
+mutants *ARGS:
+    {{python}} -m tests.mutants.run {{ARGS}}
+
 # Branch coverage of the package.
 cov:
     {{python}} -m pip install -q coverage

@@ -1,0 +1,9 @@
+"""The bugs that naive implementations have, as small patches of our own code, and the test that tells each."""
+
+from __future__ import annotations
+
+from tests.mutants.locks import LOCKS
+from tests.mutants.sessions import SESSIONS
+from tests.mutants.transport import TRANSPORT
+
+EVERY_MUTANT = (*LOCKS, *SESSIONS, *TRANSPORT)

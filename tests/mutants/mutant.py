@@ -1,0 +1,43 @@
+"""What a mutant is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """
+    One bug.
+
+    Attributes:
+        name: Short, for the command line.
+        bug: One sentence: what goes wrong, as a user would see it.
+        file: Which file it is in, below `etcd_infra`.
+        search: A piece of that file which occurs in it once.
+        replace: What the bug writes instead.
+        killer: The test that fails with it, below `tests`.
+    """
+
+    name: str
+    bug: str
+    file: str
+    search: str
+    replace: str
+    killer: str
+
+    def applied(self, text: str) -> str:
+        """
+        Return the file's text with the bug in it.
+
+        Raises:
+            ValueError: the piece is not there, or more than once.
+        """
+        if text.count(self.search) != 1:
+            raise ValueError(
+                f"{self.name}: found {text.count(self.search)} times in {self.file}: {self.search!r}"
+            )
+        return text.replace(self.search, self.replace)
