@@ -12,10 +12,12 @@ from contextlib import asynccontextmanager
 from enum import Enum, auto
 from functools import partial
 from math import inf
+from random import Random
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from etcd_infra._backends.memory_bugs import BuggyStore, Misbehaviour
 from etcd_infra._backends.memory_store import Store
 from etcd_infra._backends.memory_stream import MemoryWatch
 from etcd_infra._backends.request_check import check_grant, check_txn_request
@@ -25,9 +27,11 @@ from etcd_infra._etcd.model import Status, WatchRequest
 from etcd_infra.errors import EtcdError, OutcomeUnknownError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
 
+    from etcd_infra._backends.memory_bugs import ServerBug
+    from etcd_infra._backends.memory_store import Backup
     from etcd_infra._backends.memory_watch import Watcher
     from etcd_infra._etcd.backend import WatchStream
     from etcd_infra._etcd.model import (
@@ -54,8 +58,15 @@ class _Link(Enum):
 
     UP = auto()
     PARTITIONED = auto()
+    REQUESTS_CUT = auto()
+    ANSWERS_CUT = auto()
     PAUSED = auto()
     CRASHED = auto()
+
+
+_NO_REQUESTS: Final = frozenset({_Link.PARTITIONED, _Link.REQUESTS_CUT})
+_NO_ANSWERS: Final = frozenset({_Link.PARTITIONED, _Link.ANSWERS_CUT})
+_STOPPED: Final = frozenset({_Link.PAUSED, _Link.CRASHED})
 
 
 class MemoryNode(Backend):
@@ -82,15 +93,30 @@ class MemoryNode(Backend):
 
     # ── faults ──────────────────────────────────────────────────────────────────────────────────
 
-    def partition(self) -> None:
+    def partition(self, *, requests: bool = True, answers: bool = True) -> None:
         """
-        Cut the way to etcd.
+        Cut the way to etcd, or one direction of it.
 
-        Calls, also those already applied, get no answer and end at their time-out; watches break.
+        Calls, also those already applied, get no answer and end at their time-out; watches break. Without
+        `requests` alone nothing new reaches etcd, but watches that exist go on; without `answers` alone calls
+        are applied, and neither their answers nor events come back.
+
+        Raises:
+            ValueError: neither direction was named.
         """
-        self._set_link(_Link.PARTITIONED)
+        if not requests and not answers:
+            raise ValueError("a partition cuts requests, answers, or both")
+        if requests and answers:
+            self._set_link(_Link.PARTITIONED)
+            self.break_watches()
+        else:
+            self._set_link(_Link.REQUESTS_CUT if requests else _Link.ANSWERS_CUT)
+
+    def break_watches(self) -> None:
+        """Break the connections of all watches; each is made anew as soon as that gets through."""
         for stream in self._streams:
             stream.cut()
+            stream.wake()
 
     def heal(self) -> None:
         """
@@ -126,10 +152,10 @@ class MemoryNode(Backend):
         for stream in self._streams:
             stream.wake()
 
-    async def _reach(self, deadline: float) -> bool:
-        """Wait for the way to etcd; False if it was still cut at `deadline`."""
-        while self._link is not _Link.UP:
-            if self._link is not _Link.PARTITIONED:
+    async def _reach(self, deadline: float, cut: frozenset[_Link]) -> bool:
+        """Wait until the way is neither `cut` nor the process stopped; False if it was still cut at `deadline`."""
+        while self._link in cut or self._link in _STOPPED:
+            if self._link in _STOPPED:
                 await self._link_changed.wait()
                 continue
             with trio.move_on_at(deadline) as waiting:
@@ -145,7 +171,7 @@ class MemoryNode(Backend):
     ) -> T:
         deadline = trio.current_time() + self._call_timeout
         await trio.lowlevel.checkpoint()
-        if not await self._reach(deadline):
+        if not await self._reach(deadline, _NO_REQUESTS):
             raise unanswered()
         try:
             answer = apply(trio.current_time())
@@ -157,7 +183,7 @@ class MemoryNode(Backend):
 
     async def _answered(self, deadline: float, unanswered: Callable[[], EtcdError]) -> None:
         await trio.lowlevel.checkpoint()
-        if not await self._reach(deadline):
+        if not await self._reach(deadline, _NO_ANSWERS):
             raise unanswered()
 
     async def _read(self, apply: Callable[[float], T]) -> T:
@@ -265,8 +291,13 @@ class MemoryNode(Backend):
     # ── for its watches ─────────────────────────────────────────────────────────────────────────
 
     @property
+    def hears(self) -> bool:
+        """Whether answers and events get through at present."""
+        return self._link is _Link.UP or self._link is _Link.REQUESTS_CUT
+
+    @property
     def is_up(self) -> bool:
-        """Whether requests get through at present."""
+        """Whether calls get through, and come back."""
         return self._link is _Link.UP
 
     def start_watcher(self, request: WatchRequest) -> Watcher:
@@ -297,6 +328,8 @@ class MemoryEtcd(MemoryNode):
         keep_history: Compaction leaves `store.history` alone, so that a checker finds every commit in it.
         auto_compact_revisions: Compact now and then, so that at least so many revisions are left, and at most
             twice as many (etcd: ``--auto-compaction-mode=revision``); 0: only `compact` does.
+        bugs: Bugs of real servers, which strike at three in ten of their opportunities.
+        random: Decides when they strike.
     """
 
     def __init__(  # noqa: PLR0913
@@ -308,8 +341,12 @@ class MemoryEtcd(MemoryNode):
         keep_history: bool = False,
         auto_compact_revisions: int = 0,
         store: Store | None = None,
+        bugs: Iterable[ServerBug] = (),
+        random: Random | None = None,
     ) -> None:
-        self.store = store or Store(
+        switched_on = frozenset(bugs)
+        make = partial(BuggyStore, Misbehaviour(switched_on, random or Random(0))) if switched_on else Store
+        self.store = store or make(
             min_ttl=min_ttl,
             progress_seconds=progress_interval,
             keep_history=keep_history,
@@ -330,3 +367,30 @@ class MemoryEtcd(MemoryNode):
             node = MemoryNode(self.store, self._nodes, name=name, call_timeout=timeout)
             self._by_name[name] = node
         return node
+
+    # ── what happens to etcd as a whole ─────────────────────────────────────────────────────────
+
+    def change_leader(self) -> None:
+        """Have another leader: every lease that has not run out gets its full time again, watches break."""
+        now = trio.current_time()
+        self.store.advance(now)
+        self.store.refresh_leases(now)
+        self._restart()
+
+    def back_up(self) -> Backup:
+        """Save everything, for `restore`."""
+        return self.store.back_up(trio.current_time())
+
+    def restore(self, backup: Backup) -> None:
+        """Go back to `backup`: the revision is lower then, and what was written since is gone; watches break."""
+        self.store.restore(backup, trio.current_time())
+        self._restart()
+
+    def wipe(self) -> None:
+        """Lose everything: an empty store, at revision 1; watches break."""
+        self.store.restore(None, trio.current_time())
+        self._restart()
+
+    def _restart(self) -> None:
+        for node in self._nodes:
+            node.break_watches()

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from etcd_infra._backends.memory_store import Store
-from etcd_infra._backends.memory_watch import Watcher, Watchers
+from etcd_infra._backends.memory_watch import PROGRESS_SECONDS, Watcher, Watchers
 from etcd_infra._etcd.model import LeaseRenewal, Range, TxnResult, WatchResponse
 
 if TYPE_CHECKING:
@@ -67,10 +67,23 @@ class Misbehaviour:
 class BuggyStore(Store):
     """A store that has the bugs of `misbehaviour`; otherwise it is etcd as it should be."""
 
-    def __init__(self, misbehaviour: Misbehaviour, *, min_ttl: int = 2, keep_history: bool = False) -> None:
+    def __init__(
+        self,
+        misbehaviour: Misbehaviour,
+        *,
+        min_ttl: int = 2,
+        progress_seconds: float = PROGRESS_SECONDS,
+        keep_history: bool = False,
+        auto_compact_revisions: int = 0,
+    ) -> None:
         self.misbehaviour = misbehaviour
         self._once_granted: dict[int, int] = {}
-        super().__init__(min_ttl=min_ttl, keep_history=keep_history)
+        super().__init__(
+            min_ttl=min_ttl,
+            progress_seconds=progress_seconds,
+            keep_history=keep_history,
+            auto_compact_revisions=auto_compact_revisions,
+        )
 
     def _make_watchers(self, progress_seconds: float) -> Watchers:
         return _BuggyWatchers(self.history, progress_seconds, self.misbehaviour)

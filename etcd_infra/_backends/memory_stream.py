@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from etcd_infra._etcd.backend import WatchStream
-from etcd_infra.errors import EtcdError
+from etcd_infra.errors import EtcdError, StoreResetError
 
 if TYPE_CHECKING:
     from etcd_infra._backends.memory import MemoryNode
@@ -61,10 +61,12 @@ class MemoryWatch(WatchStream):
     def _poll(self) -> WatchBatch | None:
         if self._failure is not None:
             raise self._failure
-        if not self._node.is_up:
+        if not self._node.hears:
             return None
         self._node.advance()
         if self._watcher is None:
+            if not self._node.is_up:
+                return None
             self._watcher = self._node.start_watcher(self._cursor.request())
             self._watcher.notify = self.wake
         while (response := self._watcher.poll(trio.current_time())) is not None:
@@ -76,6 +78,11 @@ class MemoryWatch(WatchStream):
                 raise
             if response.created:
                 self.created_revision = response.revision
+                if self._cursor.may_be_reset:
+                    # There is one member only, so none that lags.
+                    self.cut()
+                    self._failure = StoreResetError(f"the store went back to revision {response.revision}")
+                    raise self._failure
             if batch is not None:
                 return batch
         return None
@@ -88,7 +95,7 @@ class MemoryWatch(WatchStream):
 
     def _next_reason(self) -> float:
         """Say when something happens by time alone."""
-        if not self._node.is_up or self._watcher is None:
+        if not self._node.hears or self._watcher is None:
             return inf
         progress = self._watcher.next_progress
         return min(self._node.next_deadline, inf if progress is None else progress)

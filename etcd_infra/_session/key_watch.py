@@ -283,9 +283,11 @@ class KeyWatch:
     async def _read(self, guards: Sequence[Guarded]) -> None:
         reads = tuple(Range(KeyRange.one(guarded.key), keys_only=True) for guarded in guards)
         answer = await self._backend.txn(Txn(success=reads))
-        if answer.revision < self.created_revision:
-            # etcd: some servers answer linearizable reads with an older revision now and then (#20418).
-            raise UnavailableError(f"a stale read: at {answer.revision}, not {self.created_revision}")
+        # etcd: some servers answer linearizable reads with an older revision now and then (#20418): from before the
+        # key was created, or from before the watch, which will not tell of what happened in between.
+        needed = max(self.created_revision, *(guarded.created for guarded in guards))
+        if answer.revision < needed:
+            raise UnavailableError(f"a stale read: at {answer.revision}, not {needed}")
         for guarded, found in zip(guards, answer.results, strict=True):
             assert isinstance(found, RangeResult)
             if not found.kvs or found.kvs[0].create_revision != guarded.created:
