@@ -1,0 +1,167 @@
+"""The judge of the proving ground is able to condemn: hand-made logs and histories, each with one thing wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from etcd_infra._backends.memory_history import Commit
+from etcd_infra.abc import Event, KeyValue
+from tests.helpers.proving.lock_history import Ledger, check, hand_overs, late_leavers, waits
+
+LINE = b"ns/lock/job/"
+ONE, TWO = LINE + b"a-1", LINE + b"b-1"
+
+
+def quiet(begin, end):
+    """Nothing is ever broken here."""
+    return begin <= end
+
+
+@dataclass
+class Scene:
+    """A history that is written by hand, and logs beside it."""
+
+    commits: list = field(default_factory=list)
+    logs: dict = field(default_factory=lambda: {"one": [], "two": []})
+    revision: int = 1
+
+    def commit(self, event):
+        """Append one revision; return it."""
+        self.revision += 1
+        self.commits.append(Commit(self.revision, (event(self.revision),)))
+        return self.revision
+
+    def join(self, key, node):
+        """Stand in line."""
+        value = json.dumps({"node": node}).encode()
+        return self.commit(lambda revision: Event.put(KeyValue(key, value, revision, revision, 1, 7)))
+
+    def leave(self, key):
+        """Leave the line."""
+        return self.commit(lambda revision: Event.deleted(key, mod_revision=revision))
+
+    def write(self, worker, token, which, op=1):
+        """Write the register."""
+        said = {"worker": worker, "op": op, "lock": "job", "token": token, "which": which}
+        value = json.dumps(said).encode()
+        return self.commit(lambda revision: Event.put(KeyValue(b"ns/register/job", value, 2, revision, 2)))
+
+    def log(self, worker, event, op=1, at=None, **facts):
+        """Log a step."""
+        step = {"event": event, "op": op, "at": float(self.revision if at is None else at), **facts}
+        self.logs[worker].append(step)
+
+    def wrong(self):
+        """Judge."""
+        return check(self.commits, self.logs, "ns", quiet)
+
+
+def turn(scene, worker, key, *, token=None, leaves=True):
+    """Play one whole turn."""
+    scene.log(worker, "call", lock="job", revision=scene.revision)
+    created = scene.join(key, worker)
+    token = token or created
+    scene.log(worker, "granted", lock="job", token=token, key=key.decode())
+    for which in ("first", "second"):
+        facts = {"lock": "job", "token": token, "which": which}
+        scene.log(worker, "written", revision=scene.write(worker, token, which), **facts)
+    if leaves:
+        scene.leave(key)
+    scene.log(worker, "return", outcome="released")
+    scene.log(worker, "done", op=2, revision=scene.revision)
+    return token
+
+
+@pytest.fixture
+def scene():
+    """Two processes that took one turn each, one after the other."""
+    made = Scene()
+    turn(made, "one", ONE)
+    return made
+
+
+def test_good_history_is_accepted(scene):
+    """Two turns, one after the other, are right."""
+    turn(scene, "two", TWO)
+    assert [] == scene.wrong()
+    assert 1 == len(hand_overs(scene.commits, "ns"))
+
+
+def test_write_of_a_former_owner_is_told(scene):
+    """A write under a token whose key is gone is a violation of L1, and interleaves."""
+    token = turn(scene, "two", TWO, leaves=False)
+    scene.write("one", token - 5, "late")
+    assert any(text.startswith("L1") for text in scene.wrong())
+    assert any("wrote after" in text for text in scene.wrong())
+
+
+def test_write_of_a_waiter_is_told(scene):
+    """Who is granted a lock while somebody else stands before it is told by L1 and L3."""
+    scene.join(LINE + b"c-1", "three")
+    turn(scene, "two", TWO)
+    found = scene.wrong()
+    assert any(text.startswith("L1") for text in found)
+    assert any(text.startswith("L3") for text in found)
+
+
+def test_token_that_goes_back_is_told(scene):
+    """Two grants under one token are a violation of L2."""
+    turn(scene, "two", TWO, token=2)
+    assert any(text.startswith("L2") for text in scene.wrong())
+
+
+def test_place_that_comes_back_is_told(scene):
+    """A place that is made a second time is a violation of L8."""
+    scene.join(ONE, "one")
+    assert any(text.startswith("L8") for text in scene.wrong())
+
+
+def test_place_left_behind_is_told(scene):
+    """An operation that ended well in quiet times and left its place in line is a violation of L6."""
+    turn(scene, "two", TWO, leaves=False)
+    assert any(text.startswith("L6") for text in scene.wrong())
+    assert [TWO] == late_leavers(scene.logs, Ledger(scene.commits))
+
+
+def test_write_applied_twice_is_told(scene):
+    """One write that the history shows twice is wrong."""
+    scene.logs["one"].clear()
+    scene.write("one", 2, "second")
+    assert any("applied twice" in text for text in scene.wrong())
+
+
+@pytest.mark.parametrize("said", ["refused", "failed"])
+def test_applied_write_that_was_called_undone_is_told(scene, said):
+    """A write that the history shows was not refused, and did not fail."""
+    for step in scene.logs["one"]:
+        if step["event"] == "written" and step["which"] == "second":
+            step["event"] = said
+    assert any("was reported as" in text for text in scene.wrong())
+
+
+def test_lost_write_that_was_acknowledged_is_told(scene):
+    """A write that was acknowledged is in the history at the revision of its answer."""
+    scene.log("one", "written", lock="job", token=2, which="late", revision=99)
+    assert any("the history has it at None" in text for text in scene.wrong())
+
+
+def test_refusal_without_a_reason_is_told(scene):
+    """A fenced write is refused only after its key is gone."""
+    token = turn(scene, "two", TWO, leaves=False)
+    scene.log("two", "refused", lock="job", token=token, which="late", revision=scene.revision)
+    assert any("was refused at" in text for text in scene.wrong())
+
+
+def test_wait_is_measured_from_the_turn():
+    """Who waited is told so many seconds after the one ahead had gone; who did not wait is not counted."""
+    scene = Scene()
+    scene.join(ONE, "one")
+    token = scene.join(TWO, "two")
+    gone = scene.leave(ONE)
+    scene.log("one", "granted", lock="job", token=2, key=ONE.decode(), at=2)
+    scene.log("two", "granted", lock="job", token=token, key=TWO.decode(), at=gone + 0.25)
+    times = {commit.revision: float(commit.revision) for commit in scene.commits}
+    assert [0.25] == waits(scene.commits, scene.logs, times, "ns", quiet)
