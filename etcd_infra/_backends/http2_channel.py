@@ -113,7 +113,7 @@ class Http2Channel(Channel):
             try:
                 return await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port)
             except OSError as error:
-                dial.fact = str(error.__cause__ or error)
+                dial.fact = _described(error)
                 return None
         dial.fact = f"nobody accepted within {self._dial_timeout:g} s"
         return None
@@ -152,3 +152,9 @@ class _Dial:
         if self.connection is not None:
             return not self.connection.accepts_calls
         return now >= self._done_at + _DIAL_PAUSE_SECONDS
+
+
+def _described(error: OSError) -> str:
+    # Trio tries each address of a name; if all fail, the reasons are behind its own error.
+    cause = error.__cause__
+    return ", ".join(map(str, cause.exceptions)) if isinstance(cause, BaseExceptionGroup) else str(cause or error)

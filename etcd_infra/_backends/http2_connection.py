@@ -52,6 +52,7 @@ class Connection:
         self._ready_by = ready_by
         self._on_ready = on_ready
         self._writer: trio.lowlevel.Task | None = None
+        self._said_all = trio.Event()
         self._rest = trio.CancelScope()
         self._serving = trio.CancelScope()
         self._heard_at = trio.current_time()
@@ -107,13 +108,14 @@ class Connection:
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._keep_time)
                     await self._read()
+                    # The server did something wrong, and is told what.
                     with trio.move_on_after(_FAREWELL_SECONDS):
-                        while self._protocol.has_output:
-                            await trio.lowlevel.checkpoint()
+                        await self._said_all.wait()
                     nursery.cancel_scope.cancel()
         finally:
             self._dispatch(self._protocol.close(self.fact))
-            await trio.aclose_forcefully(self._transport)
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(self._transport)
 
     async def aclose(self) -> None:
         """Give the connection up."""
@@ -125,7 +127,7 @@ class Connection:
     async def _read(self) -> None:
         while not self._protocol.is_broken:
             try:
-                data = await self._transport.receive_some(_READ_BYTES)
+                data = bytes(await self._transport.receive_some(_READ_BYTES))
             except trio.BrokenResourceError as error:
                 self._give_up(_described(error))
                 return
@@ -146,6 +148,8 @@ class Connection:
                 except trio.BrokenResourceError as error:
                     self._give_up(_described(error))
                     return
+            if self._protocol.is_broken:
+                self._said_all.set()
             self._writer = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
 
@@ -154,7 +158,7 @@ class Connection:
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _wake_writer(self) -> None:
-        if self._writer is not None and self._protocol.has_output:
+        if self._writer is not None and (self._protocol.has_output or self._protocol.is_broken):
             writer, self._writer = self._writer, None
             trio.lowlevel.reschedule(writer)
 
@@ -229,7 +233,7 @@ class Connection:
         self._serving.cancel()
 
     def _leave_if_drained(self) -> None:
-        if not self._protocol.accepts_calls and not self._calls:
+        if not (self._protocol.accepts_calls or self._calls or self._protocol.is_broken):
             self._serving.cancel()
 
 

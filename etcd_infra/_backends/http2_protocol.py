@@ -293,6 +293,8 @@ class Http2Protocol:
 
     def _read_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         stream = self._stream(stream_id)
+        content = _unpadded(flags, payload)
+        # RFC 9113, 6.1: padding counts, too.
         size = len(payload)
         self._receive_window -= size
         if self._receive_window < 0:
@@ -309,7 +311,7 @@ class Http2Protocol:
         elif not stream.is_answered:
             self._abort(stream, ErrorCode.PROTOCOL_ERROR, "data before the answer's headers")
         else:
-            self._read_messages(stream, _unpadded(flags, payload), ends=bool(flags & h2.END_STREAM))
+            self._read_messages(stream, content, ends=bool(flags & h2.END_STREAM))
 
     def _read_messages(self, stream: Stream, data: bytes, *, ends: bool) -> None:
         try:
