@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -214,27 +213,6 @@ async def one_late_run(members, observer, name, *, refused) -> None:
 
 async def revision(backend) -> int:
     return (await backend.range(Range(KeyRange.one(b"none"), count_only=True))).revision
-
-
-async def test_endurance_leaves_nothing():
-    """300 acquisitions and 20 coordinators: leases, keys and threads are back to where they were."""
-    async with EtcdServer() as server, open_etcd(server.endpoint) as backend:
-        await backend.get(b"warm")
-        for turn in range(20):
-            async with open_coordinator(server.endpoint, namespace="ns") as infra:
-                for _ in range(15):
-                    async with infra.lock("job"):
-                        pass
-            if turn == 0:
-                threads = threading.active_count()
-        assert threads >= threading.active_count()
-        assert () == await backend.lease_list()
-        assert [b"ns/epoch"] == [event.key async for event in everything(backend)]
-
-
-async def everything(backend):
-    for kv in (await backend.range(Range(KeyRange.everything()))).kvs:
-        yield kv
 
 
 async def run_cli(*arguments, **options):
