@@ -54,7 +54,7 @@ async def wait_first(place: Place) -> None:
             turn.listen(place.line.key)
             await place.watch.ready()
             turn.begin()
-            ahead = await _look(place, turn)
+            ahead = await _look(place)
             if ahead is None:
                 place.is_first = True
                 return
@@ -65,7 +65,7 @@ async def wait_first(place: Place) -> None:
             await turn.wait_changed()
 
 
-async def _look(place: Place, turn: _Turn) -> KeyValue | None:
+async def _look(place: Place) -> KeyValue | None:
     """Return who is directly ahead, None if nobody is."""
     up_to_me = Range(
         place.line,
@@ -75,7 +75,7 @@ async def _look(place: Place, turn: _Turn) -> KeyValue | None:
         keys_only=True,
         limit=2,
     )
-    kvs = (await _read(place, up_to_me, turn)).kvs
+    kvs = (await _read(place, up_to_me)).kvs
     # Invariant: nobody is granted anything without its own key having been seen (etcd #11456).
     if not kvs or kvs[0].key != place.key or kvs[0].create_revision != place.token:
         place.token = 0
@@ -88,7 +88,7 @@ async def _look(place: Place, turn: _Turn) -> KeyValue | None:
     return kvs[1] if len(kvs) > 1 else None
 
 
-async def _read(place: Place, request: Range, turn: _Turn) -> RangeResult:
+async def _read(place: Place, request: Range) -> RangeResult:
     """Read however long it takes: the place in line is worth more, and the session bounds the wait."""
     failures = 0
     while True:
@@ -96,7 +96,7 @@ async def _read(place: Place, request: Range, turn: _Turn) -> RangeResult:
             answer = await place.session.backend.range(request)
             # etcd: some servers answer linearizable reads with an older revision now and then (#20418). It
             # shows somebody ahead whose end was told already, and will not be told again.
-            if answer.revision >= turn.told_up_to:
+            if answer.revision >= max(place.token, place.watch.told_up_to):
                 return answer
         await trio.sleep(delay(failures, place.session.random.random()))
         failures += 1
@@ -111,7 +111,6 @@ class _Turn:
         self._names: set[bytes] = set()
         self._deleted: set[bytes] = set()
         self._look_again = False
-        self._heard = 0
         self._told = trio.Event()
         self.key = place.key
 
@@ -139,11 +138,6 @@ class _Turn:
         self.listen(ahead)
         self._place.watch.stand_behind(ahead, self)
 
-    @property
-    def told_up_to(self) -> int:
-        """The revision that a look must have reached: what was before it will not be told again."""
-        return max(self._heard, self._place.token, self._place.watch.created_revision)
-
     def begin(self) -> None:
         """Forget what a look from now on will show anyway."""
         self._deleted.clear()
@@ -165,15 +159,12 @@ class _Turn:
             self._place.is_first = True
             self._told.set()
 
-    def key_deleted(self, key: bytes, revision: int) -> None:
+    def key_deleted(self, key: bytes, revision: int) -> None:  # noqa: ARG002
         """See `Listener`."""
         self._deleted.add(key)
-        self._heard = max(self._heard, revision)
         self._told.set()
 
     def read_again(self) -> None:
         """See `Listener`."""
         self._look_again = True
-        # The store may be an older one: what was told by the watch before does not count any more.
-        self._heard = 0
         self._told.set()

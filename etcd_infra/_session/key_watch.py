@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from random import Random
 
-    from etcd_infra._etcd.backend import Backend, WatchStream
+    from etcd_infra._etcd.backend import Backend
     from etcd_infra._etcd.model import WatchBatch
 
 logger = logging.getLogger("etcd_infra.watch")
@@ -86,6 +86,9 @@ class KeyWatch:
     The watch on `prefix`: opened when somebody first listens, closed when nobody has for a while.
 
     `run` must be running in the background.
+
+    Attributes:
+        told_up_to: The revision that a read must have reached: what happened before it will not be told (again).
     """
 
     def __init__(self, backend: Backend, prefix: bytes, random: Random) -> None:
@@ -95,7 +98,7 @@ class KeyWatch:
         # Dictionaries as ordered sets: the order of wake-ups must not depend on addresses.
         self._listeners: defaultdict[bytes, dict[Listener, None]] = defaultdict(dict)
         self._refused: EtcdError | None = None
-        self._stream: WatchStream | None = None
+        self.told_up_to = 0
         self._heirs: dict[bytes, Heir] = {}
         self._wanted = trio.Event()
         self._created = trio.Event()
@@ -143,11 +146,6 @@ class KeyWatch:
                 raise self._refused
             await self._created.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
-
-    @property
-    def created_revision(self) -> int:
-        """The store's revision when the watch was last created: only a read at or after it misses nothing."""
-        return self._stream.created_revision if self._stream is not None else 0
 
     def guard(self, key: bytes, created: int, gone: Callable[[], None]) -> Guarded:
         """
@@ -209,7 +207,7 @@ class KeyWatch:
         try:
             watched = KeyRange.prefix(self._prefix)
             async with self._backend.watch(watched, no_put=True, coordination=True) as stream:
-                self._stream = stream
+                self.told_up_to = stream.created_revision
                 self._created.set()
                 self._refused = None
                 self._everybody_reads_again()
@@ -228,6 +226,7 @@ class KeyWatch:
 
     def deliver_deleted(self, key: bytes, revision: int) -> None:
         """Tell whoever listens that `key` was deleted; telling it twice does no harm."""
+        self.told_up_to = max(self.told_up_to, revision)
         line = key[: key.rfind(b"/") + 1]
         for name in (key, line):
             for listener in tuple(self._listeners.get(name, ())):
@@ -235,6 +234,7 @@ class KeyWatch:
 
     def _deliver(self, batch: WatchBatch) -> None:
         if batch.created:
+            self.told_up_to = batch.revision
             self._everybody_reads_again()
         for event in batch.events:
             if event.is_delete:
@@ -284,8 +284,8 @@ class KeyWatch:
         reads = tuple(Range(KeyRange.one(guarded.key), keys_only=True) for guarded in guards)
         answer = await self._backend.txn(Txn(success=reads))
         # etcd: some servers answer linearizable reads with an older revision now and then (#20418): from before the
-        # key was created, or from before the watch, which will not tell of what happened in between.
-        needed = max(self.created_revision, *(guarded.created for guarded in guards))
+        # key was created, or from before its end was told.
+        needed = max(self.told_up_to, *(guarded.created for guarded in guards))
         if answer.revision < needed:
             raise UnavailableError(f"a stale read: at {answer.revision}, not {needed}")
         for guarded, found in zip(guards, answer.results, strict=True):

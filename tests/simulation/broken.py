@@ -21,14 +21,17 @@ from tests.simulation.locks import LockProgram
 
 
 @contextmanager
-def replaced(owner, name, value):
-    """Let `owner.name` be `value` for a while."""
-    before = owner.__dict__[name]
+def replaced(owner, name, value, *, new=False):
+    """Let `owner.name` be `value` for a while; `new`: the class itself has no such name."""
+    before = None if new else owner.__dict__[name]
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if new:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def no_fence():
@@ -55,9 +58,9 @@ def no_generation():
 def no_confirmation():
     """A waiter whose predecessor is gone believes that it is its turn, without having seen its own key."""
 
-    async def look(place, turn):
+    async def look(place):
         up_to_me = Range(place.line, max_create_revision=place.token - 1, keys_only=True)
-        kvs = (await _turn._read(place, up_to_me, turn)).kvs
+        kvs = (await _turn._read(place, up_to_me)).kvs
         return max(kvs, key=lambda kv: kv.create_revision, default=None)
 
     return replaced(_turn, "_look", look)
@@ -68,11 +71,11 @@ def watches_holder():
     look = _turn._look
     seen = {}
 
-    async def look_once(place, turn):
+    async def look_once(place):
         if place.key in seen:
             return None
         seen[place.key] = None
-        return await look(place, turn)
+        return await look(place)
 
     return replaced(_turn, "_look", look_once)
 
@@ -199,8 +202,8 @@ def token_from_header():
 
 
 def stale_look():
-    """A waiter believes a read that is older than what it was told already."""
-    return replaced(_turn._Turn, "told_up_to", 0)
+    """A waiter, or holder, believes a read that is older than what it was told already."""
+    return replaced(KeyWatch, "told_up_to", property(lambda _self: 0, lambda _self, _revision: None), new=True)
 
 
 def held_by_flag():

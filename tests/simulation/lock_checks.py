@@ -162,7 +162,7 @@ class LockChecks:
         for number, lineage in enumerate(self.run.lineages):
             began = self.run.began_at[number]
             # After a restore an owner of before may still have its key, and another one's is there again.
-            mine = {story.token for story in self.stories if story.granted_lineage == number}
+            mine = {story.token for story in self.stories if story.lineage == story.granted_lineage == number}
             claim = partial(_claim_among, mine)
             yield from check_fences([timed.commit for timed in lineage], KEYS.locks, claim)
             for timed in lineage:
