@@ -6,6 +6,7 @@ from etcd_infra._backends.memory import MemoryEtcd
 from etcd_infra._backends.memory_bugs import ServerBug
 from etcd_infra.testing.check_backend import check_backend
 from etcd_infra.testing.cluster import EtcdCluster
+from etcd_infra.testing.fault_rates import FaultRates
 from etcd_infra.testing.faulty import FaultyBackend
 from etcd_infra.testing.fences import Claim, Grant, check_fences, check_grants
 from etcd_infra.testing.proxy import TcpProxy, open_proxy
@@ -25,6 +26,7 @@ __all__ = [
     "EtcdServer",
     "Fault",
     "FaultKind",
+    "FaultRates",
     "FaultyBackend",
     "Grant",
     "Hit",
