@@ -72,6 +72,14 @@ LOCKS = (
         "unit/test_waitqueue.py::test_holder_that_goes_while_the_look_is_answered_is_not_missed",
     ),
     Mutant(
+        "stale-look",
+        "A look that is older than the watch is believed: it shows somebody ahead whose end is never told.",
+        "_primitives/_turn.py",
+        "if answer.revision >= max(place.token, place.watch.told_up_to):",
+        "if True:",
+        "unit/test_stale_look.py::test_look_that_is_older_than_the_watch_is_made_again",
+    ),
+    Mutant(
         "herd",
         "Every release wakes every waiter of the line, and each reads again.",
         "_primitives/_turn.py",

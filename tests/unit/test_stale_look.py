@@ -1,0 +1,47 @@
+"""A waiter on a server that answers a linearizable read with an older revision."""
+
+from __future__ import annotations
+
+import trio
+
+from etcd_infra._etcd.model import KeyRange, Put, Range, SortTarget
+from etcd_infra._etcd.wrapping import Wrapping
+from tests.conftest import NAMESPACE, open_infra
+
+LINE = KeyRange.prefix(f"{NAMESPACE}/lock/job/".encode())
+
+
+class StaleOnce(Wrapping):
+    """Answers the first look at the line as it was when the waiter had joined, before the holder went."""
+
+    def __init__(self, inner, release):
+        super().__init__(inner)
+        self._release = release
+        self._stale = None
+        self.looks = 0
+
+    async def around(self, verb, request, call):
+        """See `Wrapping`."""
+        if verb == "range" and request.range == LINE:
+            self.looks += 1
+            if self._stale is not None:
+                stale, self._stale = self._stale, None
+                await trio.lowlevel.checkpoint()
+                return stale
+        answer = await call()
+        if verb == "txn" and any(isinstance(op, Put) and op.key in LINE for op in request.success):
+            newest_two = Range(LINE, sort_by=SortTarget.CREATE, descending=True, keys_only=True, limit=2)
+            self._stale = await self.inner.range(newest_two)
+            await self._release()
+        return answer
+
+
+async def test_look_that_is_older_than_the_watch_is_made_again(etcd, autojump_clock):
+    """The holder goes before the waiter's watch exists, and the look shows it all the same: the waiter looks again."""
+    async with open_infra(etcd.node("one"), ttl=60) as one:
+        hold = await one.lock("job").acquire()
+        stale = StaleOnce(etcd.node("two"), hold.release)
+        async with open_infra(stale, seed=2, ttl=60) as two:
+            with trio.fail_after(5):
+                async with two.lock("job"):
+                    assert 2 == stale.looks
