@@ -15,6 +15,7 @@ from etcd_infra import open_coordinator, open_etcd
 from etcd_infra.abc import KeyRange, Range
 from etcd_infra.testing import EtcdServer, MemoryEtcd, find_etcd
 from etcd_infra.testing.plain_http import read_metrics
+from tests.helpers.etcds import etcd_programs
 
 few_or_many = pytest.mark.parametrize(
     "times", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
@@ -109,7 +110,7 @@ work = pytest.mark.parametrize("work", [locks, watches, sessions], ids=lambda wo
 async def test_real_etcd_is_left_as_it_was(work, times):
     """Threads, files and tasks here, leases, keys, watchers and streams there: as before, however often."""
     # A history of 60,000 revisions would make etcd write snapshots in the middle.
-    async with EtcdServer(extra_args=["--snapshot-count=1000000"]) as server:
+    async with EtcdServer(etcd_programs()[0], extra_args=["--snapshot-count=1000000"]) as server:
         async with open_etcd(server.endpoint) as backend:
             # What stays by design: connections, imports, the epoch, the key that watches look at.
             await work(backend, 11)

@@ -67,8 +67,8 @@ LOCKS = (
         "The waiter looks, and only then listens to who is ahead: a release in between is missed.",
         "_primitives/_turn.py",
         "            turn.listen(place.line.key)\n            await place.watch.ready()\n            turn.begin()\n"
-        "            ahead = await _look(place, turn)\n",
-        "            await place.watch.ready()\n            turn.begin()\n            ahead = await _look(place, turn)\n",
+        "            ahead = await _look(place)\n",
+        "            await place.watch.ready()\n            turn.begin()\n            ahead = await _look(place)\n",
         "unit/test_waitqueue.py::test_holder_that_goes_while_the_look_is_answered_is_not_missed",
     ),
     Mutant(
@@ -212,8 +212,8 @@ LOCKS = (
         "watch-made-anew-and-nobody-reads",
         "A watch that broke starts from now, and nobody reads what happened in between.",
         "_session/key_watch.py",
-        "        if batch.created:\n            self._everybody_reads_again()",
-        "        if batch.created:\n            pass",
+        "self.told_up_to = batch.revision\n            self._everybody_reads_again()",
+        "self.told_up_to = batch.revision",
         "unit/test_lock_faults.py::test_waiter_behind_a_broken_watch_reads_again",
     ),
     Mutant(
