@@ -300,6 +300,11 @@ class MemoryNode(Backend):
         """Whether calls get through, and come back."""
         return self._link is _Link.UP
 
+    @property
+    def watches(self) -> int:
+        """How many watches this node has open."""
+        return len(self._streams)
+
     def start_watcher(self, request: WatchRequest) -> Watcher:
         """Create a watch in the store."""
         return self._store.watch(request, trio.current_time())
@@ -367,6 +372,11 @@ class MemoryEtcd(MemoryNode):
             node = MemoryNode(self.store, self._nodes, name=name, call_timeout=timeout)
             self._by_name[name] = node
         return node
+
+    @property
+    def open_watches(self) -> int:
+        """How many watches are open, of all nodes."""
+        return sum(node.watches for node in self._nodes)
 
     # ── what happens to etcd as a whole ─────────────────────────────────────────────────────────
 

@@ -9,6 +9,17 @@ from etcd_infra.testing.cluster import EtcdCluster
 from etcd_infra.testing.fault_rates import FaultRates
 from etcd_infra.testing.faulty import FaultyBackend
 from etcd_infra.testing.fences import Claim, Grant, check_fences, check_grants
+from etcd_infra.testing.leaks import Inventory, find_leaks, take_inventory
+from etcd_infra.testing.linearizability import (
+    CompareAndSwap,
+    Model,
+    Operation,
+    Read,
+    Register,
+    Write,
+    check_linearizable,
+)
+from etcd_infra.testing.ordering import Timed, check_real_time_order
 from etcd_infra.testing.proxy import TcpProxy, open_proxy
 from etcd_infra.testing.recording import RecordingBackend
 from etcd_infra.testing.server import EtcdServer, find_etcd
@@ -18,9 +29,11 @@ from etcd_infra.testing.simulation.process import Note, SimulatedProcess
 from etcd_infra.testing.simulation.shrinking import shrink
 from etcd_infra.testing.simulation.simulation import Settings, Simulation, SimulationRun, Strike, simulate
 from etcd_infra.testing.violation import Violation
+from etcd_infra.testing.watch_oracle import Watched, check_watch
 
 __all__ = [
     "Claim",
+    "CompareAndSwap",
     "Counters",
     "EtcdCluster",
     "EtcdServer",
@@ -30,9 +43,14 @@ __all__ = [
     "FaultyBackend",
     "Grant",
     "Hit",
+    "Inventory",
     "MemoryEtcd",
+    "Model",
     "Note",
+    "Operation",
+    "Read",
     "RecordingBackend",
+    "Register",
     "ServerBug",
     "Settings",
     "SimulatedProcess",
@@ -40,13 +58,21 @@ __all__ = [
     "SimulationRun",
     "Strike",
     "TcpProxy",
+    "Timed",
     "Violation",
+    "Watched",
+    "Write",
     "check_backend",
     "check_fences",
     "check_grants",
+    "check_linearizable",
+    "check_real_time_order",
+    "check_watch",
     "draw_plan",
     "find_etcd",
+    "find_leaks",
     "open_proxy",
     "shrink",
     "simulate",
+    "take_inventory",
 ]
