@@ -163,7 +163,9 @@ def _refusal(http: int | None, fields: dict[bytes, bytes]) -> Status | None:
     if http is None:
         return Status(StatusCode.INTERNAL, "an answer without an HTTP status")
     if http != _HTTP_OK:
-        return Status(_STATUS_OF_HTTP.get(http, StatusCode.UNKNOWN), f"HTTP status {http} instead of a gRPC answer")
+        return Status(
+            _STATUS_OF_HTTP.get(http, StatusCode.UNKNOWN), f"HTTP status {http} instead of a gRPC answer"
+        )
     content = fields.get(b"content-type", b"")
     if content != b"application/grpc" and not content.startswith((b"application/grpc+", b"application/grpc;")):
         return Status(StatusCode.UNKNOWN, f"an answer of type {content[:100]!r} instead of gRPC")

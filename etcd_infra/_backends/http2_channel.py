@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import asynccontextmanager
 from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -41,7 +41,9 @@ class Http2Channel(Channel):
         background: Where connections are served.
     """
 
-    def __init__(self, endpoint: Endpoint, *, dial_timeout: float, background: Background | trio.Nursery) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, dial_timeout: float, background: Background | trio.Nursery
+    ) -> None:
         self._pid = os.getpid()
         self._endpoint = endpoint
         self._dial_timeout = dial_timeout
@@ -156,5 +158,6 @@ class _Dial:
 
 def _described(error: OSError) -> str:
     # Trio tries each address of a name; if all fail, the reasons are behind its own error.
-    cause = error.__cause__
-    return ", ".join(map(str, cause.exceptions)) if isinstance(cause, BaseExceptionGroup) else str(cause or error)
+    cause: Any = error.__cause__
+    reasons: tuple[object, ...] = getattr(cause, "exceptions", (cause or error,))
+    return ", ".join(map(str, reasons))

@@ -45,7 +45,6 @@ class Connection:
     """
 
     def __init__(self, transport: trio.abc.Stream, *, ready_by: float, on_ready: Callable[[], None]) -> None:
-        self.fact = "the connection was closed"
         self._transport = transport
         self._protocol = Http2Protocol()
         self._calls: dict[Stream, _UnaryCall | ConnectionStream] = {}
@@ -62,6 +61,11 @@ class Connection:
     def accepts_calls(self) -> bool:
         """Whether another call can be made here."""
         return self._protocol.accepts_calls
+
+    @property
+    def fact(self) -> str:
+        """Why the connection ended."""
+        return self._protocol.reason
 
     async def unary(self, headers: bytes, request: bytes, deadline: float) -> bytes:
         """Send one message, wait for the one answer; see `Channel.unary`."""
@@ -113,7 +117,7 @@ class Connection:
                         await self._said_all.wait()
                     nursery.cancel_scope.cancel()
         finally:
-            self._dispatch(self._protocol.close(self.fact))
+            self._dispatch(self._protocol.close("the connection was closed"))
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(self._transport)
 
@@ -213,7 +217,7 @@ class Connection:
             self._heard_at = trio.current_time()
             deadline = min(deadline, self._heard_at + _SILENCE_SECONDS)
         self._calls[stream] = call
-        if deadline < self._rest.deadline:
+        if deadline < self._rest.deadline:  # noqa: PLR1730 - setting it costs more than looking
             self._rest.deadline = deadline
         self._wake_writer()
 
@@ -229,7 +233,7 @@ class Connection:
                 call.end(event)
 
     def _give_up(self, fact: str) -> None:
-        self.fact = fact
+        self._dispatch(self._protocol.close(fact))
         self._serving.cancel()
 
     def _leave_if_drained(self) -> None:

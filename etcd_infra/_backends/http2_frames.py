@@ -17,6 +17,7 @@ PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEAD_BYTES: Final = 9
 DEFAULT_WINDOW: Final = 65_535
 LARGEST_WINDOW: Final = 2**31 - 1
+LARGEST_STREAM_ID: Final = 2**31 - 1
 SMALLEST_MAX_FRAME: Final = 16_384
 LARGEST_MAX_FRAME: Final = 2**24 - 1
 

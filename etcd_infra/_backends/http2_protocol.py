@@ -10,23 +10,20 @@ Source: RFC 9113; gRPC `doc/PROTOCOL-HTTP2.md`.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from etcd_infra._backends import http2_frames as h2
 from etcd_infra._backends.grpc_headers import AnswerHeaders, AnswerHeadersDecoder, BadHeadersError
 from etcd_infra._backends.http2_frames import ErrorCode
+from etcd_infra._backends.http2_reader import ConnectionFaultError, Frame, FrameReader, unpadded
 from etcd_infra._backends.http2_stream import MESSAGE_HEAD_BYTES, STREAM_WINDOW, BadMessageError, Stream
 from etcd_infra._backends.status import StatusCode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 CONNECTION_WINDOW: Final = 32 * 1024 * 1024
-LARGEST_STREAM_ID: Final = 2**31 - 1
-# What a peer may make us keep: a block of headers in pieces, and answers that it does not read.
-_HEADER_BLOCK_LIMIT: Final = 128 * 1024
-_CONTINUATION_LIMIT: Final = 64
+# Answers that the peer asks for and does not read.
 _REPLIES_LIMIT: Final = 10_000
 
 _STATUS_OF_RESET: Final = {
@@ -64,12 +61,6 @@ class StreamEnded(NamedTuple):
 Event: TypeAlias = MessageReceived | StreamEnded
 
 
-class _ConnectionFault(Exception):
-    def __init__(self, code: ErrorCode, details: str) -> None:
-        super().__init__(details)
-        self.code = code
-
-
 class Http2Protocol:
     """
     One connection.
@@ -83,12 +74,14 @@ class Http2Protocol:
         is_ready: The server's first SETTINGS have come.
         accepts_calls: Another call may be made on this connection.
         is_broken: Nothing more can be said or heard.
+        reason: Why it is broken.
     """
 
-    def __init__(self, *, largest_stream_id: int = LARGEST_STREAM_ID) -> None:
+    def __init__(self, *, largest_stream_id: int = h2.LARGEST_STREAM_ID) -> None:
         self.is_ready = False
         self.accepts_calls = True
         self.is_broken = False
+        self.reason = ""
         self._largest_stream_id = largest_stream_id
         self._next_id = 1
         self._streams: dict[int, Stream] = {}
@@ -97,15 +90,23 @@ class Http2Protocol:
         self._completed: list[Stream] = []
         self._out: list[bytes] = []
         self._replies = 0
-        self._in = b""
+        self._reader = FrameReader()
         self._events: list[Event] = []
+        self._handlers: dict[int, Callable[[Frame], None]] = {
+            h2.DATA: self._read_data,
+            h2.HEADERS: self._read_headers,
+            h2.RST_STREAM: self._read_reset,
+            h2.SETTINGS: self._read_settings,
+            h2.PUSH_PROMISE: self._refuse_push,
+            h2.PING: self._read_ping,
+            h2.GOAWAY: self._read_goaway,
+            h2.WINDOW_UPDATE: self._read_window_update,
+        }
         self._headers = AnswerHeadersDecoder()
-        self._block: tuple[int, int, bytearray] | None = None
-        self._continuations = 0
         self._send_window = h2.DEFAULT_WINDOW
         self._stream_window = h2.DEFAULT_WINDOW
         self._max_frame = h2.SMALLEST_MAX_FRAME
-        self._max_streams = LARGEST_STREAM_ID
+        self._max_streams = h2.LARGEST_STREAM_ID
         self._receive_window = CONNECTION_WINDOW
         greeting = {
             h2.HEADER_TABLE_SIZE: 0,
@@ -235,12 +236,14 @@ class Http2Protocol:
         """Read what came from the server; no bytes at all are the end of the connection."""
         if self.is_broken:
             return []
+        if not data:
+            return self.close("the connection was closed")
         try:
-            if data:
-                self._read_frames(data)
-            else:
-                self._break("the connection was closed")
-        except _ConnectionFault as fault:
+            for frame in self._reader.feed(data):
+                # RFC 9113, 5.5: frames of unknown types are ignored.
+                if handle := self._handlers.get(frame.kind):
+                    handle(frame)
+        except ConnectionFaultError as fault:
             self._out.append(h2.goaway(fault.code, str(fault)))
             self._break(f"{fault.code.name}: {fault}")
         events, self._events = self._events, []
@@ -253,52 +256,29 @@ class Http2Protocol:
         return events
 
     def _break(self, reason: str) -> None:
+        self.reason = self.reason or reason
         self.is_broken = True
         self.accepts_calls = False
         for stream in (*self._streams.values(), *self._queued):
             self._end(stream, StatusCode.UNAVAILABLE, reason, never_sent=not stream.handed_over)
 
-    def _read_frames(self, data: bytes) -> None:
-        data = self._in + data if self._in else data
-        at, end = 0, len(data)
-        while end - at >= h2.HEAD_BYTES:
-            length = int.from_bytes(data[at : at + 3], "big")
-            if length > h2.SMALLEST_MAX_FRAME:
-                raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-            begin = at + h2.HEAD_BYTES
-            if end - begin < length:
-                break
-            kind, flags = data[at + 3], data[at + 4]
-            stream_id = int.from_bytes(data[at + 5 : begin], "big") & LARGEST_STREAM_ID
-            at = begin + length
-            self._read_frame(kind, flags, stream_id, data[begin:at])
-        self._in = data[at:]
-
-    def _read_frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
-        if not self.is_ready and kind != h2.SETTINGS:
-            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the server did not begin with SETTINGS")
-        if self._block is not None and (kind != h2.CONTINUATION or stream_id != self._block[0]):
-            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a block of headers was interrupted")
-        reader = _READERS.get(kind)
-        # RFC 9113, 5.5: frames of unknown types are ignored.
-        if reader is not None:
-            reader(self, flags, stream_id, payload)
-
     def _stream(self, stream_id: int) -> Stream | None:
         """Return the stream of a frame; None if it is over already."""
         stream = self._streams.get(stream_id)
         if stream is None and (stream_id % 2 == 0 or stream_id >= self._next_id):
-            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream_id}, which nobody opened")
+            raise ConnectionFaultError(
+                ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream_id}, which nobody opened"
+            )
         return stream
 
-    def _read_data(self, flags: int, stream_id: int, payload: bytes) -> None:
-        stream = self._stream(stream_id)
-        content = _unpadded(flags, payload)
+    def _read_data(self, frame: Frame) -> None:
+        stream = self._stream(frame.stream_id)
+        content = unpadded(frame)
         # RFC 9113, 6.1: padding counts, too.
-        size = len(payload)
+        size = len(frame.payload)
         self._receive_window -= size
         if self._receive_window < 0:
-            raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
+            raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
         if self._receive_window <= CONNECTION_WINDOW // 2:
             # A stream that nobody reads has its own window: the connection never waits for it.
             self._out.append(h2.window_update(0, CONNECTION_WINDOW - self._receive_window))
@@ -311,7 +291,7 @@ class Http2Protocol:
         elif not stream.is_answered:
             self._abort(stream, ErrorCode.PROTOCOL_ERROR, "data before the answer's headers")
         else:
-            self._read_messages(stream, content, ends=bool(flags & h2.END_STREAM))
+            self._read_messages(stream, content, ends=bool(frame.flags & h2.END_STREAM))
 
     def _read_messages(self, stream: Stream, data: bytes, *, ends: bool) -> None:
         try:
@@ -330,40 +310,15 @@ class Http2Protocol:
         if credit:
             self._out.append(h2.window_update(stream.id, credit))
 
-    def _read_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
-        payload = _unpadded(flags, payload)
-        if flags & h2.HAS_PRIORITY:
-            if len(payload) < 5:  # noqa: PLR2004 - RFC 9113, 6.2
-                raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS without room for a priority")
-            payload = payload[5:]
-        self._stream(stream_id)
-        if flags & h2.END_HEADERS:
-            self._read_block(flags, stream_id, payload)
-        else:
-            self._block = stream_id, flags, bytearray(payload)
-            self._continuations = 0
-
-    def _read_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if self._block is None:
-            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        _, first_flags, block = self._block
-        block += payload
-        self._continuations += 1
-        if len(block) > _HEADER_BLOCK_LIMIT or self._continuations > _CONTINUATION_LIMIT:
-            raise _ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "a block of headers without end")
-        if flags & h2.END_HEADERS:
-            self._block = None
-            self._read_block(first_flags, stream_id, bytes(block))
-
-    def _read_block(self, flags: int, stream_id: int, block: bytes) -> None:
+    def _read_headers(self, frame: Frame) -> None:
+        stream = self._stream(frame.stream_id)
         try:
-            headers = self._headers.decode(block)
+            headers = self._headers.decode(frame.payload)
         except BadHeadersError as error:
-            raise _ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from error
-        stream = self._streams.get(stream_id)
+            raise ConnectionFaultError(ErrorCode.COMPRESSION_ERROR, str(error)) from error
         if stream is None:
             return
-        if flags & h2.END_STREAM:
+        if frame.flags & h2.END_STREAM:
             self._read_trailers(stream, headers)
         elif stream.is_answered:
             self._abort(stream, ErrorCode.PROTOCOL_ERROR, "headers in the middle of an answer")
@@ -383,23 +338,23 @@ class Http2Protocol:
             code, details = headers.refusal
         self._finish(stream, code, details)
 
-    def _read_reset(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        _check_size("RST_STREAM", payload, 4)
-        stream = self._stream(stream_id)
+    def _read_reset(self, frame: Frame) -> None:
+        _check_size(frame, 4)
+        stream = self._stream(frame.stream_id)
         if stream is not None:
-            code = h2.read_u32(payload)
+            code = h2.read_u32(frame.payload)
             status = _STATUS_OF_RESET.get(ErrorCode(code) if code in _CODES else ErrorCode.INTERNAL_ERROR)
             details = f"the server reset the stream: {h2.error_name(code)}"
             # RFC 9113, 8.7: a refused stream was not processed at all.
             never_sent = code == ErrorCode.REFUSED_STREAM or not stream.handed_over
             self._end(stream, status or StatusCode.INTERNAL, details, never_sent=never_sent)
 
-    def _read_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id or len(payload) % 6 or (flags & h2.ACK and payload):
-            raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "malformed SETTINGS")
-        if flags & h2.ACK:
+    def _read_settings(self, frame: Frame) -> None:
+        if frame.stream_id or len(frame.payload) % 6 or (frame.flags & h2.ACK and frame.payload):
+            raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, "malformed SETTINGS")
+        if frame.flags & h2.ACK:
             return
-        for name, value in h2.read_settings(payload):
+        for name, value in h2.read_settings(frame.payload):
             self._apply_setting(name, value)
         self.is_ready = True
         self._reply(h2.settings_ack())
@@ -411,58 +366,58 @@ class Http2Protocol:
             self._max_streams = value
         elif name == h2.INITIAL_WINDOW_SIZE:
             if value > h2.LARGEST_WINDOW:
-                raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {value} bytes")
+                raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {value} bytes")
             for stream in (*self._streams.values(), *self._queued):
                 self._widen(stream, value - self._stream_window)
             self._stream_window = value
         elif name == h2.MAX_FRAME_SIZE:
             if not h2.SMALLEST_MAX_FRAME <= value <= h2.LARGEST_MAX_FRAME:
-                raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"frames of {value} bytes")
+                raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, f"frames of {value} bytes")
             self._max_frame = value
 
     def _widen(self, stream: Stream, increment: int) -> None:
         stream.send_window += increment
         if stream.send_window > h2.LARGEST_WINDOW:
-            raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window is too large")
+            raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window is too large")
 
-    def _refuse_push(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
-        raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the server pushed, which was forbidden")
+    def _refuse_push(self, _: Frame) -> None:
+        raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "the server pushed, which was forbidden")
 
-    def _read_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
-        _check_size("PING", payload, 8)
-        if stream_id:
-            raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
-        if not flags & h2.ACK:
-            self._reply(h2.ping(payload, ack=True))
+    def _read_ping(self, frame: Frame) -> None:
+        _check_size(frame, 8)
+        if frame.stream_id:
+            raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
+        if not frame.flags & h2.ACK:
+            self._reply(h2.ping(frame.payload, ack=True))
 
     def _reply(self, reply: bytes) -> None:
         self._replies += 1
         if self._replies > _REPLIES_LIMIT:
-            raise _ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "more questions than answers are read")
+            raise ConnectionFaultError(ErrorCode.ENHANCE_YOUR_CALM, "more questions than answers are read")
         self._out.append(reply)
 
-    def _read_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id or len(payload) < 8:  # noqa: PLR2004 - RFC 9113, 6.8
-            raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "malformed GOAWAY")
-        last = h2.read_u32(payload) & LARGEST_STREAM_ID
+    def _read_goaway(self, frame: Frame) -> None:
+        if frame.stream_id or len(frame.payload) < 8:  # noqa: PLR2004 - RFC 9113, 6.8
+            raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, "malformed GOAWAY")
+        last = h2.read_u32(frame.payload) & h2.LARGEST_STREAM_ID
         self.accepts_calls = False
-        said = payload[8:200].decode("ascii", "replace")
-        details = f"the server goes away: {h2.error_name(h2.read_u32(payload, 4))} {said}".rstrip()
+        said = frame.payload[8:200].decode("ascii", "replace")
+        details = f"the server goes away: {h2.error_name(h2.read_u32(frame.payload, 4))} {said}".rstrip()
         # RFC 9113, 6.8: streams above the last one were not processed, and never will be.
         for stream in [stream for number, stream in self._streams.items() if number > last]:
             self._end(stream, StatusCode.UNAVAILABLE, details, never_sent=True)
         self._refuse_queued(details)
 
-    def _read_window_update(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        _check_size("WINDOW_UPDATE", payload, 4)
-        increment = h2.read_u32(payload) & LARGEST_STREAM_ID
-        if stream_id == 0:
+    def _read_window_update(self, frame: Frame) -> None:
+        _check_size(frame, 4)
+        increment = h2.read_u32(frame.payload) & h2.LARGEST_STREAM_ID
+        if frame.stream_id == 0:
             self._send_window += increment
             if not increment or self._send_window > h2.LARGEST_WINDOW:
-                raise _ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window widened by {increment}")
+                raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, f"a window widened by {increment}")
             self._write_all()
             return
-        stream = self._stream(stream_id)
+        stream = self._stream(frame.stream_id)
         if stream is None:
             return
         if not increment or stream.send_window + increment > h2.LARGEST_WINDOW:
@@ -501,28 +456,11 @@ class Http2Protocol:
         self._admit_queued()
 
 
-def _unpadded(flags: int, payload: bytes) -> bytes:
-    if not flags & h2.PADDED:
-        return payload
-    if not payload or payload[0] >= len(payload):
-        raise _ConnectionFault(ErrorCode.PROTOCOL_ERROR, "more padding than frame")
-    return payload[1 : len(payload) - payload[0]]
-
-
-def _check_size(name: str, payload: bytes, size: int) -> None:
-    if len(payload) != size:
-        raise _ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"{name} of {len(payload)} bytes")
+def _check_size(frame: Frame, size: int) -> None:
+    if len(frame.payload) != size:
+        raise ConnectionFaultError(
+            ErrorCode.FRAME_SIZE_ERROR, f"a frame of type {frame.kind} with {len(frame.payload)} bytes"
+        )
 
 
 _CODES: Final = frozenset(ErrorCode)
-_READERS: Final[Mapping[int, Callable[[Http2Protocol, int, int, bytes], None]]] = {
-    h2.DATA: Http2Protocol._read_data,
-    h2.HEADERS: Http2Protocol._read_headers,
-    h2.RST_STREAM: Http2Protocol._read_reset,
-    h2.SETTINGS: Http2Protocol._read_settings,
-    h2.PUSH_PROMISE: Http2Protocol._refuse_push,
-    h2.PING: Http2Protocol._read_ping,
-    h2.GOAWAY: Http2Protocol._read_goaway,
-    h2.WINDOW_UPDATE: Http2Protocol._read_window_update,
-    h2.CONTINUATION: Http2Protocol._read_continuation,
-}

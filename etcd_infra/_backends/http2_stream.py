@@ -91,11 +91,15 @@ class Stream:
         Raises:
             BadMessageError: a message is compressed, which we did not offer.
         """
-        if not self._partial and len(data) >= MESSAGE_HEAD_BYTES:
-            # Nearly always one frame is one message.
-            if data[0] == 0 and int.from_bytes(data[1:5], "big") == len(data) - MESSAGE_HEAD_BYTES:
-                self.held += len(data)
-                return [data[MESSAGE_HEAD_BYTES:]]
+        # Nearly always one frame is one message.
+        if (
+            not self._partial
+            and len(data) >= MESSAGE_HEAD_BYTES
+            and data[0] == 0
+            and int.from_bytes(data[1:5], "big") == len(data) - MESSAGE_HEAD_BYTES
+        ):
+            self.held += len(data)
+            return [data[MESSAGE_HEAD_BYTES:]]
         self._partial += data
         return self._complete_messages()
 

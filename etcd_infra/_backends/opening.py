@@ -90,9 +90,7 @@ def open_etcd(  # noqa: PLR0913 - all but the first are named
     for name, seconds in (("dial_timeout", dial_timeout), ("call_timeout", call_timeout)):
         if not seconds > 0:
             raise ValueError(f"{name} must be more than 0 seconds: {seconds!r}")
-    return _opened(
-        parse_endpoints(endpoints), transport, dial_timeout=dial_timeout, call_timeout=call_timeout
-    )
+    return _opened(parse_endpoints(endpoints), transport, dial_timeout=dial_timeout, call_timeout=call_timeout)
 
 
 def parse_endpoints(endpoints: str | Sequence[str]) -> tuple[Endpoint, ...]:

@@ -82,8 +82,8 @@ class Watching:
         """
         Have one stream open although nobody watches yet: called whenever a member answered.
 
-        With no stream open grpcio starts a thread for each call (a third of a single task's speed), and sends
-        no pings, so that a connection that died is noticed by the next call only.
+        etcd: pings on a connection without calls are an offence, so without a stream a connection that died
+        is noticed by the next call only. (And grpcio would start a thread for each call then.)
         """
         self._coordination.keep_open()
 

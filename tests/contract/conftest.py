@@ -6,7 +6,7 @@ import os
 import secrets
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import trio
@@ -21,7 +21,15 @@ from tests.contract.world import World
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-MEMORY = "memory"
+
+class Target(NamedTuple):
+    """An etcd under test: a program, or "memory"; and the road to it."""
+
+    program: str
+    transport: str = ""
+
+
+MEMORY = Target("memory")
 
 
 def _binaries() -> list[str]:
@@ -39,14 +47,16 @@ def run_jumping(fn, *, clock, instruments):
 
 
 def real_targets() -> list[object]:
-    """List the programs at hand, as parameters of the fixture `target`."""
+    """List the programs at hand, each by both roads, as parameters of the fixture `target`."""
     binaries = _binaries()
     names = [Path(binary).name if len(binaries) == 1 else binary for binary in binaries]
+    roads = (("http2", [pytest.mark.real]), ("grpcio", [pytest.mark.real, pytest.mark.slow]))
     real = [
-        pytest.param(binary, id=name, marks=pytest.mark.real)
+        pytest.param(Target(binary, road), id=f"{name}-{road}", marks=marks)
         for binary, name in zip(binaries, names, strict=True)
+        for road, marks in roads
     ]
-    missing = pytest.param("", id="etcd", marks=pytest.mark.skip(reason="no etcd program here"))
+    missing = pytest.param(Target(""), id="etcd", marks=pytest.mark.skip(reason="no etcd program here"))
     return real or [missing]
 
 
@@ -59,9 +69,11 @@ def servers() -> Iterator[dict[str, EtcdServer]]:
         trio.run(server.__aexit__, None, None, None)
 
 
-@pytest.fixture(params=[pytest.param(MEMORY, marks=pytest.mark.trio(run=run_jumping)), *real_targets()])
-def target(request) -> str:
-    """Name the etcd under test: the in-memory one, or a program."""
+@pytest.fixture(
+    params=[pytest.param(MEMORY, id="memory", marks=pytest.mark.trio(run=run_jumping)), *real_targets()]
+)
+def target(request) -> Target:
+    """Name the etcd under test, and the road to it."""
     return request.param
 
 
@@ -70,21 +82,22 @@ def server(target, servers) -> EtcdServer | None:
     """Return the real server of this target, shared with other tests."""
     if target == MEMORY:
         return None
-    if target not in servers:
+    program = target.program
+    if program not in servers:
         # Started in a Trio run of its own: a server holds nothing that belongs to a run.
-        server = EtcdServer(target)
+        server = EtcdServer(program)
         trio.run(server.__aenter__)
-        servers[target] = server
-    return servers[target]
+        servers[program] = server
+    return servers[program]
 
 
 @pytest.fixture
-async def world(server) -> AsyncIterator[World]:
+async def world(server, target) -> AsyncIterator[World]:
     """Open a backend, and give the test a part of the key space and no lease of others."""
     if server is None:
         yield _in_memory()
         return
-    async with _connected(server) as opened:
+    async with _connected(server, target.transport) as opened:
         yield opened
         await _clean(opened)
 
@@ -100,9 +113,12 @@ async def fresh(target) -> AsyncIterator[World]:
 
 
 @asynccontextmanager
-async def over_network(program: str, *arguments: str) -> AsyncIterator[World]:
+async def over_network(target: Target, *arguments: str) -> AsyncIterator[World]:
     """Start a server of one's own, and connect to it."""
-    async with EtcdServer(program, extra_args=arguments) as server, _connected(server) as opened:
+    async with (
+        EtcdServer(target.program, extra_args=arguments) as server,
+        _connected(server, target.transport) as opened,
+    ):
         yield opened
 
 
@@ -112,9 +128,9 @@ def _in_memory() -> World:
 
 
 @asynccontextmanager
-async def _connected(server: EtcdServer) -> AsyncIterator[World]:
+async def _connected(server: EtcdServer, transport: str) -> AsyncIterator[World]:
     version = tuple(int(part) for part in server.version.split("."))
-    async with open_etcd(server.endpoint) as backend:
+    async with open_etcd(server.endpoint, transport=transport) as backend:
         yield World(backend, b"test-%s/" % secrets.token_hex(4).encode(), version)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from etcd_infra._etcd.model import Compare, Range, Txn
 from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError, StorageFullError
-from tests.contract.conftest import MEMORY, over_network
+from tests.contract.conftest import MEMORY, Target, over_network
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -70,7 +70,7 @@ async def test_status_describes_the_member(world):
 
 
 @asynccontextmanager
-async def full_world(target: str, world: World) -> AsyncIterator[World]:
+async def full_world(target: Target, world: World) -> AsyncIterator[World]:
     """Give an etcd whose quota is used up, with one key `a`, and one key `b` on a lease."""
     if target == MEMORY:
         await prepare(world)

@@ -32,7 +32,9 @@ def data(stream_id, payload, *, ends=False):
     """Build DATA frames, each as long as is allowed."""
     pieces = [payload[at : at + 16_384] for at in range(0, len(payload), 16_384)] or [b""]
     flags = [0] * (len(pieces) - 1) + [h2.END_STREAM if ends else 0]
-    return b"".join(h2.frame(h2.DATA, flag, stream_id, piece) for flag, piece in zip(flags, pieces, strict=True))
+    return b"".join(
+        h2.frame(h2.DATA, flag, stream_id, piece) for flag, piece in zip(flags, pieces, strict=True)
+    )
 
 
 def answer(stream_id, payload):

@@ -12,7 +12,6 @@ import warnings
 import pytest
 import trio
 
-from etcd_infra._backends.opening import open_etcd
 from etcd_infra._etcd.model import (
     Compare,
     DeleteRange,
@@ -48,7 +47,7 @@ async def server():
 
 
 @pytest.fixture
-async def backend(server):
+async def backend(server, open_etcd):
     """A backend to that server."""
     async with open_etcd(server.endpoint) as opened:
         yield opened
@@ -130,7 +129,7 @@ async def test_leases_answer_as_etcd_does(backend):
 
 
 async def test_answers_beyond_four_mebibytes_arrive(backend):
-    """Grpcio's own limit of 4 MiB does not apply, neither to reads nor to writes that answer much."""
+    """A limit like grpcio's own of 4 MiB does not apply, neither to reads nor to writes that answer much."""
     for number in range(6):
         await backend.put(b"big/%d" % number, bytes(1024 * 1024))
     found = await backend.range(Range(KeyRange.prefix(b"big/")))
@@ -143,7 +142,7 @@ async def test_answers_beyond_four_mebibytes_arrive(backend):
 # ── threads and processes ───────────────────────────────────────────────────────────────────────
 
 
-async def test_nothing_is_left_after_the_block(server):
+async def test_nothing_is_left_after_the_block(server, open_etcd):
     """Calls, streams and threads end with the block, also when calls are in flight."""
     before = set(threading.enumerate())
     async with open_etcd(server.endpoint) as backend, trio.open_nursery() as nursery:
@@ -159,7 +158,7 @@ async def test_nothing_is_left_after_the_block(server):
     await eventually(lambda: not set(threading.enumerate()) - before, 2.0)
 
 
-async def test_block_ends_soon_while_etcd_is_silent(server):
+async def test_block_ends_soon_while_etcd_is_silent(server, open_etcd):
     """Leaving takes no longer than moments when the server does not answer any more."""
     async with open_etcd(server.endpoint) as backend, backend.watch(KEY):
         server.pause()
@@ -167,7 +166,7 @@ async def test_block_ends_soon_while_etcd_is_silent(server):
     assert time.monotonic() - began < 1.0
 
 
-async def test_closed_backend_says_so(server):
+async def test_closed_backend_says_so(server, open_etcd):
     """A backend that is used after its block is a mistake of the caller."""
     async with open_etcd(server.endpoint) as backend:
         await backend.get(b"k")
@@ -175,18 +174,19 @@ async def test_closed_backend_says_so(server):
         await backend.get(b"k")
 
 
-async def test_cancelled_call_is_cancelled_on_the_wire(server):
+async def test_cancelled_call_is_cancelled_on_the_wire(server, transport, open_etcd):
     """A call that its caller gave up is gone from the connection, and the next one is not behind it."""
     async with open_etcd(server.endpoint) as backend:
         await backend.get(b"k")
         channel = backend._endpoints.channel(0)
+        calls = channel._calls if transport == "grpcio" else channel._connection._calls
         # One call is always there: the stream that the watches will need.
-        await eventually(lambda: len(channel._calls) == 1, 1.0)
+        await eventually(lambda: len(calls) == 1, 1.0)
         server.pause()
         with trio.move_on_after(0.1) as scope:
             await backend.get(b"k")
         assert scope.cancelled_caught
-        await eventually(lambda: len(channel._calls) == 1, 1.0)
+        await eventually(lambda: len(calls) == 1, 1.0)
         server.resume()
         assert await backend.get(b"k") is None
 
@@ -210,15 +210,15 @@ async def test_forked_child_is_told(backend):
     assert (await backend.get(b"k")).value == b"v"
 
 
-def test_backends_of_several_threads_do_not_meet(tmp_path):
+def test_backends_of_several_threads_do_not_meet(transport):
     """Two Trio runs in two threads use etcd at once, and both end."""
     program = """
-import threading, trio
+import sys, threading, trio
 from etcd_infra._backends.opening import open_etcd
 from etcd_infra.testing import EtcdServer
 
 async def work(endpoint, name):
-    async with open_etcd(endpoint) as backend:
+    async with open_etcd(endpoint, transport=sys.argv[1]) as backend:
         for _ in range(50):
             await backend.put(name, b"v")
 
@@ -232,14 +232,14 @@ async def main():
 
 trio.run(main)
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program, transport], check=False, timeout=60)
     assert done.returncode == 0
 
 
 # ── failures ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_nobody_there_is_unavailable_at_once(server):
+async def test_nobody_there_is_unavailable_at_once(server, open_etcd):
     """A refused connection is certainly not applied, for writes too, and costs no waiting."""
     async with open_etcd(server.endpoint) as backend:
         await server.kill()
@@ -249,14 +249,14 @@ async def test_nobody_there_is_unavailable_at_once(server):
         assert trio.current_time() - began < 1.0
 
 
-async def test_name_that_does_not_resolve_is_unavailable():
+async def test_name_that_does_not_resolve_is_unavailable(open_etcd):
     """A host that does not exist has got no request."""
     async with open_etcd("no-such-host.invalid:2379") as backend:
         with pytest.raises(UnavailableError):
             await backend.put(b"k", b"v")
 
 
-async def test_mute_listener_is_unavailable_within_the_dial_timeout(server):
+async def test_mute_listener_is_unavailable_within_the_dial_timeout(server, open_etcd):
     """An endpoint that accepts and says nothing has certainly got no request."""
     async with open_proxy(server.endpoint) as mute, open_etcd(mute.endpoint, dial_timeout=0.5) as backend:
         mute.black_hole()
@@ -266,7 +266,7 @@ async def test_mute_listener_is_unavailable_within_the_dial_timeout(server):
         assert trio.current_time() - began < 1.5
 
 
-async def test_lost_answer_is_unknown_and_the_write_was_applied(server):
+async def test_lost_answer_is_unknown_and_the_write_was_applied(server, open_etcd):
     """A write whose answer was swallowed is unknown, names its key, and did happen."""
     async with open_proxy(server.endpoint) as proxy, open_etcd(proxy.endpoint, call_timeout=0.5) as backend:
         await backend.get(b"k")
@@ -280,7 +280,7 @@ async def test_lost_answer_is_unknown_and_the_write_was_applied(server):
         assert seconds < 3.0
 
 
-async def test_reset_connection_is_unknown_for_a_write_in_flight(server):
+async def test_reset_connection_is_unknown_for_a_write_in_flight(server, open_etcd):
     """A write under way when the connection is reset is unknown; the next call works at once."""
     async with (
         open_proxy(server.endpoint) as proxy,
@@ -302,7 +302,7 @@ async def test_reset_connection_is_unknown_for_a_write_in_flight(server):
         assert seconds < 3.0
 
 
-async def test_recovery_after_an_outage_is_quick(server):
+async def test_recovery_after_an_outage_is_quick(server, open_etcd):
     """Some seconds without a server do not delay the first success after it is back."""
     async with open_etcd(server.endpoint) as backend:
         await backend.get(b"k")
@@ -317,7 +317,7 @@ async def test_recovery_after_an_outage_is_quick(server):
         assert seconds < 3.0
 
 
-async def test_silent_member_is_left_for_one_that_answers(server):
+async def test_silent_member_is_left_for_one_that_answers(server, open_etcd):
     """With one member stopped, calls and keep-alives go on through the other within the call time-out."""
     async with (
         open_proxy(server.endpoint) as mute,
@@ -333,7 +333,7 @@ async def test_silent_member_is_left_for_one_that_answers(server):
             assert seconds < 1.5
 
 
-async def test_member_stopped_under_its_connection_is_left(server):
+async def test_member_stopped_under_its_connection_is_left(server, open_etcd):
     """A member that stops answering on an open connection costs one call time-out, not more."""
     async with (
         EtcdServer() as other,
@@ -346,7 +346,7 @@ async def test_member_stopped_under_its_connection_is_left(server):
         assert seconds < 1.5
 
 
-async def test_shared_process_does_not_share_connections(server):
+async def test_shared_process_does_not_share_connections(server, open_etcd):
     """Two backends of one process have connections of their own: a reset of one does not touch the other."""
     async with (
         open_proxy(server.endpoint) as proxy,

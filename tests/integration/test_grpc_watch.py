@@ -8,7 +8,6 @@ import pytest
 import trio
 
 from etcd_infra._backends import watch_buffer
-from etcd_infra._backends.opening import open_etcd
 from etcd_infra._etcd.model import KeyRange
 from etcd_infra.errors import CompactedError, OutcomeUnknownError, StoreResetError, UnavailableError
 from etcd_infra.testing import EtcdCluster, EtcdServer, find_etcd, open_proxy
@@ -46,7 +45,7 @@ async def collect(watch, last):
     return revisions, creations
 
 
-async def test_watch_from_a_revision_and_from_now(server):
+async def test_watch_from_a_revision_and_from_now(server, open_etcd):
     """A start is inclusive; from now means after the revision of the creation."""
     async with open_etcd(server.endpoint) as backend:
         first = await backend.put(b"w/a", b"1")
@@ -67,7 +66,7 @@ def keeps_promises(version):
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["restart", "kill"])
-async def test_nothing_is_lost_over_restarts_and_resets(server, is_killed):
+async def test_nothing_is_lost_over_restarts_and_resets(server, is_killed, open_etcd):
     """Across a server that restarts and connections that are reset every revision comes once, in order."""
     if is_killed and not keeps_promises(server.version):
         pytest.skip(f"etcd {server.version} may lose acknowledged writes when it is killed")
@@ -104,7 +103,7 @@ async def test_nothing_is_lost_over_restarts_and_resets(server, is_killed):
     assert creations >= 2
 
 
-async def test_big_revision_is_delivered_whole(server):
+async def test_big_revision_is_delivered_whole(server, open_etcd):
     """A revision of six deletes with 1 MiB each in `prev_kv` comes in fragments and is one batch."""
     async with open_etcd(server.endpoint) as backend, backend.watch(PREFIX, prev_kv=True) as watch:
         for number in range(6):
@@ -117,7 +116,7 @@ async def test_big_revision_is_delivered_whole(server):
     assert {event.revision for event in batch.events} == {batch.revision}
 
 
-async def test_long_history_is_caught_up_over_a_reset(server):
+async def test_long_history_is_caught_up_over_a_reset(server, open_etcd):
     """A catch-up of 2,501 revisions that is cut in the middle loses none of them."""
     async with open_proxy(server.endpoint) as proxy, open_etcd(proxy.endpoint) as backend:
         first = await backend.put(b"w/0", b"v")
@@ -137,7 +136,7 @@ async def test_long_history_is_caught_up_over_a_reset(server):
     assert revisions == list(range(head + 1, first + 2501))
 
 
-async def test_compaction_while_disconnected_is_told_once(server):
+async def test_compaction_while_disconnected_is_told_once(server, open_etcd):
     """History that went while the watch was away is CompactedError, and the watch is over."""
     async with (
         open_proxy(server.endpoint) as proxy,
@@ -157,7 +156,7 @@ async def test_compaction_while_disconnected_is_told_once(server):
         assert caught.value.compact_revision == last
 
 
-async def test_slow_consumer_stalls_nobody_and_loses_nothing(server, monkeypatch):
+async def test_slow_consumer_stalls_nobody_and_loses_nothing(server, monkeypatch, open_etcd):
     """A watch that nobody reads holds up no other on its stream, and has every revision when it is read."""
     monkeypatch.setattr(watch_buffer, "MAX_EVENTS", 20)
     async with (
@@ -175,7 +174,7 @@ async def test_slow_consumer_stalls_nobody_and_loses_nothing(server, monkeypatch
     assert revisions == list(range(first, last + 1))
 
 
-async def test_five_hundred_watches_come_and_go(server):
+async def test_five_hundred_watches_come_and_go(server, open_etcd):
     """Many watches share one stream; each sees its own key only."""
     async with open_etcd(server.endpoint) as backend:
 
@@ -196,7 +195,7 @@ async def test_five_hundred_watches_come_and_go(server):
                     await backend.put(b"w/%d" % number, b"v")
 
 
-async def test_wiped_store_is_told():
+async def test_wiped_store_is_told(open_etcd):
     """A server that comes back without its data ends the watch with StoreResetError."""
     async with EtcdServer(extra_args=QUICK) as before, EtcdServer(extra_args=QUICK) as after:
         async with open_proxy(before.endpoint) as proxy, open_etcd(proxy.endpoint) as backend:
@@ -215,7 +214,7 @@ async def test_wiped_store_is_told():
 
 
 @pytest.mark.slow
-async def test_stopped_member_is_noticed_by_pings(server):
+async def test_stopped_member_is_noticed_by_pings(server, open_etcd):
     """An idle watch on a member that was stopped under it is made anew elsewhere within 15 seconds."""
     async with EtcdCluster(3, election_timeout=0.5) as cluster:
         members = cluster.members
@@ -231,7 +230,7 @@ async def test_stopped_member_is_noticed_by_pings(server):
 
 
 @pytest.mark.slow
-async def test_member_without_quorum_ends_the_stream():
+async def test_member_without_quorum_ends_the_stream(open_etcd):
     """A watch on a member that lost the quorum is not silent: it is made anew when there is a leader again."""
     async with EtcdCluster(3, election_timeout=0.5) as cluster:
         members = cluster.members
@@ -249,7 +248,7 @@ async def test_member_without_quorum_ends_the_stream():
 
 
 @pytest.mark.slow
-async def test_lease_outlives_a_leader_that_pauses():
+async def test_lease_outlives_a_leader_that_pauses(open_etcd):
     """Renewals that rotate over the members keep a short lease alive while the leader is stopped for 6 s."""
     async with EtcdCluster(3, election_timeout=1.0) as cluster:
         endpoints = [member.endpoint for member in cluster.members]

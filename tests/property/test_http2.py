@@ -23,13 +23,13 @@ frame_of_a_server = st.one_of(
     st.builds(lambda i, p, end: data(i, p, ends=end), IDS, st.binary(max_size=9), st.booleans()),
     st.builds(h2.rst_stream, IDS, st.integers(0, 20)),
     st.builds(h2.window_update, st.sampled_from([0, 1, 3, 5, 7]), st.integers(1, 100_000)),
-    st.builds(lambda p: h2.ping(p), st.binary(min_size=8, max_size=8)),
-    st.builds(lambda s: h2.settings(s), st.dictionaries(st.sampled_from([3, 4, 5, 6, 9]), st.integers(16_384, 99_999))),
+    st.builds(h2.ping, st.binary(min_size=8, max_size=8)),
+    st.builds(h2.settings, st.dictionaries(st.sampled_from([3, 4, 5, 6, 9]), st.integers(16_384, 99_999))),
     st.builds(lambda k, p: h2.frame(k, 0, 0, p), st.integers(10, 255), st.binary(max_size=20)),
     st.builds(lambda n: h2.frame(h2.GOAWAY, 0, 0, n.to_bytes(4, "big") + bytes(4)), st.integers(0, 9)),
 )
 anything = st.builds(
-    lambda kind, flags, stream_id, payload: h2.frame(kind, flags, stream_id, payload),
+    h2.frame,
     st.integers(0, 12),
     st.integers(0, 255),
     st.one_of(st.sampled_from([0, 1, 3, 5, 7, 9]), st.integers(0, 2**31 - 1)),
@@ -40,7 +40,12 @@ anything = st.builds(
 def begun():
     """Return a protocol with four calls, two of them streams that stay open, and those calls."""
     protocol = greeted()
-    calls = [protocol.call(HEADERS, b"a"), protocol.open(HEADERS), protocol.call(HEADERS, b"b"), protocol.open(HEADERS)]
+    calls = [
+        protocol.call(HEADERS, b"a"),
+        protocol.open(HEADERS),
+        protocol.call(HEADERS, b"b"),
+        protocol.open(HEADERS),
+    ]
     protocol.take()
     return protocol, calls
 
@@ -53,7 +58,7 @@ def told(protocol, calls, chunks):
 
 @given(st.lists(frame_of_a_server, max_size=30), st.data())
 @settings(max_examples=300, deadline=None)
-def test_cuts_do_not_matter(said, data):  # noqa: F811 - Hypothesis's name for it
+def test_cuts_do_not_matter(said, data):
     """Any way of cutting a server's bytes gives the same events and the same answers."""
     stream = b"".join(said)
     whole = told(*begun(), [stream])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import pytest
@@ -30,10 +30,8 @@ class Listener:
     async def handle(self, stream):
         """Serve one connection; a client that leaves is no fault."""
         self.accepted += 1
-        try:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._serve(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
 
 
 @asynccontextmanager
@@ -71,7 +69,9 @@ class Requests:
 
     async def __anext__(self):
         while True:
-            while len(self._heard) >= 9 and len(self._heard) >= (end := 9 + int.from_bytes(self._heard[:3], "big")):
+            while len(self._heard) >= 9 and len(self._heard) >= (
+                end := 9 + int.from_bytes(self._heard[:3], "big")
+            ):
                 ((kind, flags, number, _),) = frames(self._heard[:end])
                 self._heard = self._heard[end:]
                 if kind == h2.DATA and flags & h2.END_STREAM:
@@ -91,6 +91,10 @@ async def answering(stream, *, calls=10**9, last=b""):
         if not calls:
             await stream.send_all(last)
             return
+
+
+async def say_nothing(_):
+    await trio.sleep_forever()
 
 
 async def test_many_callers_share_one_dial():
@@ -117,7 +121,10 @@ async def test_nobody_there_is_known_not_to_have_been_asked():
 
 async def test_mute_server_is_left_at_the_dial_timeout():
     """A server that accepts and says nothing has not been asked."""
-    async with listening(lambda _: trio.sleep_forever()) as server, opened(server.port, dial_timeout=0.2) as channel:
+    async with (
+        listening(say_nothing) as server,
+        opened(server.port, dial_timeout=0.2) as channel,
+    ):
         with trio.fail_after(2), pytest.raises(ChannelError, match="says nothing") as caught:
             await channel.unary(METHOD, b"", time_limit=5.0)
         assert caught.value.never_sent
@@ -125,7 +132,10 @@ async def test_mute_server_is_left_at_the_dial_timeout():
 
 async def test_caller_does_not_wait_for_a_dial_beyond_its_own_time():
     """A call's time limit counts from the call, not from the connection."""
-    async with listening(lambda _: trio.sleep_forever()) as server, opened(server.port, dial_timeout=60) as channel:
+    async with (
+        listening(say_nothing) as server,
+        opened(server.port, dial_timeout=60) as channel,
+    ):
         with trio.fail_after(2), pytest.raises(ChannelError) as caught:
             await channel.unary(METHOD, b"", time_limit=0.1)
         assert caught.value.never_sent
@@ -258,7 +268,11 @@ HOSTILE = {
     "closes after the request": (after_the_request(then=at_once), UNAVAILABLE, False),
     "half a frame, then silence": (after_the_request(answer(1, b"x")[:7]), DEADLINE, False),
     "half a frame, then the end": (after_the_request(answer(1, b"x")[:7], then=at_once), UNAVAILABLE, False),
-    "half a message, then the end": (after_the_request(answer(1, b"xyz")[:-20], then=at_once), UNAVAILABLE, False),
+    "half a message, then the end": (
+        after_the_request(answer(1, b"xyz")[:-20], then=at_once),
+        UNAVAILABLE,
+        False,
+    ),
     "headers, then silence": (after_the_request(headers(1, *FIRST)), DEADLINE, False),
     "garbage": (after_the_request(bytes(range(256)) * 40), UNAVAILABLE, False),
     "40 MB of headers": (flood, UNAVAILABLE, False),

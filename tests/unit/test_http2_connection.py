@@ -183,7 +183,6 @@ async def test_silent_server_is_given_up(autojump_clock):
 async def test_server_that_answers_pings_is_kept(autojump_clock):
     """A call may wait as long as it likes on a server that shows that it lives."""
     async with connected() as (connection, server, nursery):
-
         pings = 0
 
         @nursery.start_soon

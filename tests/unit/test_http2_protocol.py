@@ -66,7 +66,9 @@ def test_streams_have_odd_numbers_that_grow():
     events = protocol.receive(answer(5, b"c") + answer(1, b"a") + answer(3, b"b"))
 
     assert (1, 3, 5) == (one.id, two.id, three.id)
-    assert [(three, b"c"), (one, b"a"), (two, b"b")] == [e[:2] for e in events if isinstance(e, MessageReceived)]
+    assert [(three, b"c"), (one, b"a"), (two, b"b")] == [
+        e[:2] for e in events if isinstance(e, MessageReceived)
+    ]
 
 
 def test_greeting_is_made_and_acknowledged():
@@ -116,7 +118,11 @@ def test_cancelled_call_is_reset_and_its_answer_is_ignored():
 @pytest.mark.parametrize(
     ("said", "code", "details"),
     [
-        (headers(1, *FIRST, ("grpc-status", "5"), ("grpc-message", "not%20found%3A 100%25"), ends=True), 5, "not found: 100%"),
+        (
+            headers(1, *FIRST, ("grpc-status", "5"), ("grpc-message", "not%20found%3A 100%25"), ends=True),
+            5,
+            "not found: 100%",
+        ),
         (headers(1, *FIRST, ("grpc-status", "14"), ends=True), 14, ""),
         (headers(1, *FIRST, ("grpc-status", "x"), ends=True), 2, ""),
         (headers(1, *FIRST, ("grpc-status", "99"), ends=True), 99, ""),
@@ -124,7 +130,11 @@ def test_cancelled_call_is_reset_and_its_answer_is_ignored():
         (headers(1, *FIRST, ends=True), 13, "without a status"),
         (headers(1, *FIRST) + data(1, message(b"x"), ends=True), 13, "without a status"),
         (headers(1, *FIRST) + headers(1, ("x", "y"), ends=True), 13, "without a status"),
-        (headers(1, *FIRST) + data(1, message(b"xyz")[:-1]) + headers(1, *OK, ends=True), 13, "within a message"),
+        (
+            headers(1, *FIRST) + data(1, message(b"xyz")[:-1]) + headers(1, *OK, ends=True),
+            13,
+            "within a message",
+        ),
         (headers(1, *FIRST) + data(1, b"\1\0\0\0\0"), 13, "compression flag 1"),
         (headers(1, *FIRST, ("grpc-encoding", "gzip")), 13, "gzip"),
         (headers(1, (":status", "200"), ("content-type", "text/html")), 2, "text/html"),
@@ -225,7 +235,10 @@ FAULTS = {
     "stream nobody opened": (headers(3, *FIRST), ErrorCode.PROTOCOL_ERROR),
     "stream of the server": (headers(2, *FIRST), ErrorCode.PROTOCOL_ERROR),
     "data on no stream": (data(0, b"x"), ErrorCode.PROTOCOL_ERROR),
-    "no hpack": (h2.frame(h2.HEADERS, h2.END_HEADERS, 1, b"\xff\xff\xff\xff\xff\xff\xff"), ErrorCode.COMPRESSION_ERROR),
+    "no hpack": (
+        h2.frame(h2.HEADERS, h2.END_HEADERS, 1, b"\xff\xff\xff\xff\xff\xff\xff"),
+        ErrorCode.COMPRESSION_ERROR,
+    ),
     "dynamic table": (h2.frame(h2.HEADERS, h2.END_HEADERS, 1, b"\xbe"), ErrorCode.COMPRESSION_ERROR),
     "push": (h2.frame(h2.PUSH_PROMISE, h2.END_HEADERS, 1, b"\0\0\0\2\x83"), ErrorCode.PROTOCOL_ERROR),
     "padding beyond the frame": (h2.frame(h2.DATA, h2.PADDED, 1, b"\x05abc"), ErrorCode.PROTOCOL_ERROR),
@@ -366,7 +379,9 @@ def test_bigger_frames_are_used_when_allowed():
     protocol.receive(h2.settings({h2.MAX_FRAME_SIZE: 50_000}))
     protocol.take()
     protocol.call(HEADERS, bytes(60_000))
-    assert [50_000, 10_005] == [len(payload) for kind, *_, payload in frames(protocol.take()) if kind == h2.DATA]
+    assert [50_000, 10_005] == [
+        len(payload) for kind, *_, payload in frames(protocol.take()) if kind == h2.DATA
+    ]
 
 
 def test_message_beyond_the_window_arrives():
@@ -442,7 +457,9 @@ def test_calls_beyond_the_limit_wait_their_turn():
     protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 1}))
     waiting = protocol.call(HEADERS, b"")
     assert 0 == waiting.id
-    assert [(waiting, 14, True)] == [e[:2] + e[3:] for e in protocol.receive(goaway(5, 0)) if e.stream is waiting]
+    assert [(waiting, 14, True)] == [
+        e[:2] + e[3:] for e in protocol.receive(goaway(5, 0)) if e.stream is waiting
+    ]
 
 
 def test_numbers_of_streams_run_out():
@@ -479,7 +496,9 @@ def test_oddities_are_understood():
         + h2.frame(h2.DATA, 0, 1, message(b"x")[2:])
         + headers(1, *OK, ends=True)
     )
-    assert [MessageReceived(stream, b"x"), StreamEnded(stream, 0, "", never_sent=False)] == protocol.receive(said)
+    assert [MessageReceived(stream, b"x"), StreamEnded(stream, 0, "", never_sent=False)] == protocol.receive(
+        said
+    )
 
 
 def test_long_headers_go_in_pieces():

@@ -45,11 +45,16 @@ NEVER = {
     "_backends/memory_watch.py": {"trio", "time", "random"},
     "_backends/memory_leases.py": {"trio", "time", "random"},
     "_backends/watch_cursor.py": {"trio", "time", "random"},
+    "_backends/http2_frames.py": {"trio", "time", "random"},
+    "_backends/http2_stream.py": {"trio", "time", "random"},
+    "_backends/http2_protocol.py": {"trio", "time", "random"},
+    "_backends/grpc_headers.py": {"trio", "time", "random"},
     "testing": {"pytest"},
 }
 ONLY_IN = {
     "grpc": {"_backends/grpcio_channel.py"},
     "etcd3gw": {"_backends/gateway.py"},
+    "hpack": {"_backends/grpc_headers.py"},
     "typer": {"_inspect/cli.py", "_inspect/dev_server.py"},
     "rich": {"_inspect/cli.py", "_inspect/render.py", "_inspect/demo.py"},
     "time": {"_session/clock.py", "_inspect", "_backends/grpcio_channel.py"},
@@ -99,8 +104,8 @@ def test_primitives_do_not_import_each_other(module):
 
 
 def test_heavy_packages_are_imported_on_first_use():
-    """Importing the package loads neither grpc nor etcd3gw nor the command line's libraries."""
-    heavy = "{'grpc', 'etcd3gw', 'requests', 'rich', 'typer', 'pytest'}"
+    """Importing the package loads neither grpc nor hpack nor etcd3gw nor the command line's libraries."""
+    heavy = "{'grpc', 'hpack', 'etcd3gw', 'requests', 'rich', 'typer', 'pytest'}"
     code = f"import sys, etcd_infra, etcd_infra.testing; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
