@@ -52,6 +52,7 @@ class Connection:
         self._on_ready = on_ready
         self._writer: trio.lowlevel.Task | None = None
         self._said_all = trio.Event()
+        self._closed = trio.Event()
         self._rest = trio.CancelScope()
         self._serving = trio.CancelScope()
         self._heard_at = trio.current_time()
@@ -120,11 +121,13 @@ class Connection:
             self._dispatch(self._protocol.close("the connection was closed"))
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(self._transport)
+            self._closed.set()
 
     async def aclose(self) -> None:
-        """Give the connection up."""
+        """Give the connection up, and wait until nothing of it is left."""
         self._serving.cancel()
-        await trio.aclose_forcefully(self._transport)
+        with trio.CancelScope(shield=True):
+            await self._closed.wait()
 
     # ── three tasks ─────────────────────────────────────────────────────────────────────────────
 

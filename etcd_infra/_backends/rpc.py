@@ -167,9 +167,7 @@ class RpcBackend(Backend):
         except ChannelError as error:
             raise read_error(error.code, error.details) from error
 
-    async def _write(
-        self, method: str, request: bytes, decode: Callable[[bytes], T], subject: Txn | str
-    ) -> T:
+    async def _write(self, method: str, request: bytes, decode: Callable[[bytes], T], subject: Txn | str) -> T:
         """Send what may change something; `subject` is for the message if its outcome is unknown."""
         try:
             return decode(await self._unary(method, request, metadata=wire.HAS_LEADER))
