@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from etcd_infra._backends.request_check import check_txn_request
 from etcd_infra._etcd.model import (
@@ -26,13 +28,14 @@ from etcd_infra._etcd.model import (
 from etcd_infra.errors import EtcdError, InvalidRequestError
 from etcd_infra.testing import MemoryEtcd
 from tests.contract.conftest import real_targets
-from tests.contract.world import receive
+from tests.contract.world import PATIENCE, receive
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
-    from etcd_infra._etcd.backend import Backend
-    from etcd_infra._etcd.model import Event
+    from etcd_infra._etcd.backend import Backend, WatchStream
+    from etcd_infra._etcd.model import Event, Status
 
 # etcd: Go's sort keeps ties in order up to six entries only (3.5.1 is built with an old Go), so there are six.
 KEYS = (b"\0", b"a", b"a\0", b"b", b"\xff", b"\xff\xff")
@@ -105,6 +108,21 @@ class Plan:
             serializable=self.chance(0.2),
             **bounds,
         )
+
+    def watch(self) -> tuple[dict[str, object], KeyRange]:
+        """Draw a watch: from now, from the past, from what is compacted, or from the future."""
+        draw = self._random
+        # etcd: a DELETE at the very compaction revision is dropped by servers before 3.5.18 (#18089, #19179).
+        starts = (0, 0, self.compacted + 1, self.revision - 3, self.revision + 2, self.compacted - 2)
+        start = max(0, draw.choice(starts))
+        wishes: dict[str, object] = {
+            "start_revision": start + 1 if start == self.compacted else start,
+            "prev_kv": self.chance(0.5),
+            "no_put": self.chance(0.1),
+            "no_delete": self.chance(0.1),
+        }
+        first, end = sorted(draw.sample(KEYS, 2))
+        return wishes, draw.choice((KeyRange(first, end), KeyRange.one(first), KeyRange(first, b"\0")))
 
     def put(self) -> Put:
         """Draw a put, sometimes one that contradicts itself."""
@@ -192,16 +210,91 @@ async def events(backend: Backend, start: int, last: int) -> list[Event]:
     return found
 
 
+class TwoWatches:
+    """One watch on either etcd, opened at the same moment with the same wishes."""
+
+    def __init__(self, wishes: dict[str, object], span: KeyRange) -> None:
+        self.wishes = f"{span} {wishes}"
+        self._open = partial(_open_watch, span, wishes)
+        self._stack = AsyncExitStack()
+        self._streams: list[WatchStream] = []
+        self._told = 0
+
+    async def open(self, real: Backend, memory: Backend) -> None:
+        """Open both, and let them catch up: a compaction that overtakes one of them is a matter of luck."""
+        for backend in (real, memory):
+            self._streams.append(await self._stack.enter_async_context(self._open(backend)))
+        assert self._streams[0].created_revision == self._streams[1].created_revision, self.wishes
+        await self._collect()
+
+    async def compare(self) -> int:
+        """Compare what came since, and close both; return how many events there were."""
+        try:
+            await self._collect()
+            return self._told
+        finally:
+            await self._stack.aclose()
+
+    async def _collect(self) -> None:
+        real, memory = self._streams
+        wanted = await _delivered(memory, at_least=0)
+        seen = await _delivered(real, at_least=len(wanted))
+        assert seen == wanted, self.wishes
+        self._told += sum(not isinstance(one, str) for one in wanted)
+
+
+def _open_watch(
+    span: KeyRange, wishes: dict[str, object], backend: Backend
+) -> AbstractAsyncContextManager[WatchStream]:
+    return backend.watch(span, **wishes)  # type: ignore[arg-type]
+
+
+async def _delivered(stream: WatchStream, *, at_least: int) -> list[object]:
+    """Collect events until the stream is silent for a moment, or over: then its error's name is the last."""
+    found: list[object] = []
+    while True:
+        patience = PATIENCE if len(found) < at_least else 0.01
+        with trio.move_on_after(patience) as scope:
+            try:
+                found += (await stream.receive()).events
+            except EtcdError as error:
+                return [*found, f"{type(error).__name__}: {getattr(error, 'compact_revision', 0)}"]
+        if scope.cancelled_caught:
+            return found
+
+
+def facts(status: Status, revision: int) -> tuple[object, ...]:
+    """Return what two servers agree on of all that a status says."""
+    return status.revision == revision, status.is_learner, status.errors, status.leader == status.member != 0
+
+
 @pytest.mark.parametrize("target", real_targets(), indirect=True)
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.timeout(900)
 async def test_every_answer_is_the_same(fresh, seed):
-    """Whatever is asked, in whatever order, the in-memory etcd answers and remembers what a real one does."""
+    """
+    Whatever is asked, in whatever order, the in-memory etcd answers and remembers what a real one does.
+
+    Watches are opened on the way, from now or from the past; they deliver the same, whatever happens meanwhile.
+    """
     plan, real, memory = Plan(seed), fresh.backend, MemoryEtcd()
+    watches: list[TwoWatches] = []
+    told = 0
     for number in range(REQUESTS):
         text, call = plan.request()
         wanted, seen = await outcome(call(real)), await outcome(call(memory))
         assert wanted == seen, f"seed {seed}, request {number}: {text}"
         plan.revision, plan.compacted = memory.store.revision, memory.store.compact_revision
+        if number % 25 == 0:
+            watches.append(TwoWatches(*plan.watch()))
+            await watches[-1].open(real, memory)
+        if len(watches) > 3:
+            told += await watches.pop(0).compare()
+    for both in watches:
+        told += await both.compare()
+    assert facts(await real.status(), plan.revision) == facts(await memory.status(), plan.revision)
+    print(f"\n{REQUESTS} requests and {told} events of watches, no difference")
+    assert told > REQUESTS / 10
 
     # etcd: a DELETE at the very compaction revision is dropped by servers before 3.5.18 (#18089, #19179).
     start = plan.compacted + 1
