@@ -64,12 +64,17 @@ LOCKS = (
     ),
     Mutant(
         "watch-after-read",
-        "The waiter looks, and only then listens to who is ahead: a release in between is missed.",
-        "_primitives/_turn.py",
-        "            turn.listen(place.line.key)\n            await place.watch.ready()\n            turn.begin()\n"
-        "            ahead = await _look(place)\n",
-        "            await place.watch.ready()\n            turn.begin()\n            ahead = await _look(place)\n",
-        "unit/test_waitqueue.py::test_holder_that_goes_while_the_look_is_answered_is_not_missed",
+        "The waiter looks before its watch exists, and nobody looks again then: a release in between is missed.",
+        "_session/key_watch.py",
+        "        while not self._created.is_set():\n            if self._refused is not None:",
+        "        while False:\n            if self._refused is not None:",
+        "unit/test_stale_look.py::test_release_before_the_watch_exists_is_not_missed",
+        (
+            (
+                "                self._refused = None\n                self._everybody_reads_again()",
+                "                self._refused = None",
+            ),
+        ),
     ),
     Mutant(
         "stale-look",

@@ -20,6 +20,7 @@ class Mutant:
         search: A piece of that file which occurs in it once.
         replace: What the bug writes instead.
         killer: The test that fails with it, below `tests`.
+        also: More pieces of the same file, and what the bug writes instead: where two defences guard one thing.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Mutant:
     search: str
     replace: str
     killer: str
+    also: tuple[tuple[str, str], ...] = ()
 
     def applied(self, text: str) -> str:
         """
@@ -36,8 +38,8 @@ class Mutant:
         Raises:
             ValueError: the piece is not there, or more than once.
         """
-        if text.count(self.search) != 1:
-            raise ValueError(
-                f"{self.name}: found {text.count(self.search)} times in {self.file}: {self.search!r}"
-            )
-        return text.replace(self.search, self.replace)
+        for search, replace in ((self.search, self.replace), *self.also):
+            if text.count(search) != 1:
+                raise ValueError(f"{self.name}: found {text.count(search)} times in {self.file}: {search!r}")
+            text = text.replace(search, replace)
+        return text

@@ -1,4 +1,4 @@
-"""A waiter on a server that answers a linearizable read with an older revision."""
+"""A waiter whose look and whose watch do not show the same."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import trio
 
 from etcd_infra._etcd.model import KeyRange, Put, Range, SortTarget
 from etcd_infra._etcd.wrapping import Wrapping
+from etcd_infra.testing import FaultyBackend
 from tests.conftest import NAMESPACE, open_infra
 
 LINE = KeyRange.prefix(f"{NAMESPACE}/lock/job/".encode())
@@ -45,3 +46,23 @@ async def test_look_that_is_older_than_the_watch_is_made_again(etcd, autojump_cl
             with trio.fail_after(5):
                 async with two.lock("job"):
                     assert 2 == stale.looks
+
+
+async def test_release_before_the_watch_exists_is_not_missed(etcd, autojump_clock):
+    """The watch takes a second to be made, and the holder goes meanwhile: the waiter is granted all the same."""
+    slow = FaultyBackend(etcd.node("two"))
+    slow.only = lambda verb, _: verb == "watch"
+    async with open_infra(etcd.node("one"), ttl=60) as one, open_infra(slow, seed=2, ttl=60) as two:
+        hold = await one.lock("job").acquire()
+        slow.delay_next(1)
+
+        async def let_go() -> None:
+            await trio.sleep(0.5)
+            await hold.release()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(let_go)
+            with trio.fail_after(5):
+                async with two.lock("job") as mine:
+                    assert mine.token > hold.token
+        assert 1 == slow.struck
