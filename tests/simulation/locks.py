@@ -39,13 +39,7 @@ def shape_of(seed, *, kinds=tuple(FaultKind)):
     draw = Random(f"{seed}/shape")
     ttl = draw.choice((2, 3, 3, 5, 5, 10))
     seconds = draw.choice((4.0, 6.0, 10.0))
-    settings = Settings(
-        nodes=("a", "b", "c")[: draw.choice((2, 2, 3))],
-        seconds=seconds,
-        calm_seconds=2.0 * ttl + 10,
-        prefix=KEYS.locks,
-        kinds=kinds,
-    )
+    settings = settings_of(("a", "b", "c")[: draw.choice((2, 2, 3))], seconds, ttl, kinds)
     return Shape(
         ttl=ttl,
         locks=("job", "job2")[: draw.choice((1, 1, 2))],
@@ -54,6 +48,11 @@ def shape_of(seed, *, kinds=tuple(FaultKind)):
         pause=draw.choice((0.1, 0.5, 1.0)),
         settings=settings,
     )
+
+
+def settings_of(nodes, seconds, ttl, kinds=tuple(FaultKind)):
+    """Settle how a run goes: everybody must get through within 2 x TTL + 10 s when it is calm."""
+    return Settings(nodes=nodes, seconds=seconds, calm_seconds=2.0 * ttl + 10, prefix=KEYS.locks, kinds=kinds)
 
 
 class LockProgram:
@@ -71,9 +70,10 @@ class LockProgram:
                     async with trio.open_nursery() as nursery:
                         for _ in range(self.shape.tasks):
                             nursery.start_soon(self._work, process, infra)
+                    process.note("resting", lease=infra.session.lease.id)
                     await process.rest()
                     return
-            except EtcdError as error:
+            except (EtcdError, LostError) as error:
                 process.note("refused", error=type(error).__name__)
                 await trio.sleep(0.5)
 

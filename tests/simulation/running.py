@@ -22,7 +22,7 @@ from pathlib import Path
 
 from etcd_infra.testing import Counters, Fault, FaultKind, shrink, simulate
 from tests.simulation.lock_checks import CELLS, LockChecks, nothing_left
-from tests.simulation.locks import LockProgram, shape_of
+from tests.simulation.locks import LockProgram, Shape, settings_of, shape_of
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.jsonl")
@@ -49,9 +49,9 @@ class Outcome:
         self.errors += other.errors
 
 
-def run_seed(seed, *, kinds=tuple(FaultKind), plan=None, program=LockProgram):
+def run_seed(seed, *, kinds=tuple(FaultKind), plan=None, shape=None, program=LockProgram):
     """Run one seed with all checks; return the run and what was checked."""
-    shape = shape_of(seed, kinds=kinds)
+    shape = shape or shape_of(seed, kinds=kinds)
     run = simulate(program(shape), seed=seed, settings=shape.settings, plan=plan, at_rest=nothing_left)
     checks = LockChecks(run)
     run.violations.extend(checks())
@@ -82,9 +82,21 @@ def describe(run, *, budget=200):
         return bool(invariants & {violation.invariant for violation in again.violations})
 
     plan = shrink(run.plan, fails, budget=budget)
-    faults = "\n".join(f"    {json.dumps(asdict(fault))}" for fault in plan)
     what = "\n".join(f"  {violation}" for violation in run.violations[:5])
-    return f"seed {run.seed} at commit {commit()}:\n{what}\n  plan of {len(plan)} (of {len(run.plan)}) faults:\n{faults}"
+    return (
+        f"seed {run.seed} at commit {commit()}:\n{what}\n"
+        f"  {len(plan)} of {len(run.plan)} faults are needed; for the table of regressions:\n"
+        f"{regression(run.seed, plan, run.violations[0])}"
+    )
+
+
+def regression(seed, plan, violation):
+    """Write a line of the table of regressions: all options expanded."""
+    shape = asdict(shape_of(seed))
+    settings = shape.pop("settings")
+    shape |= {"nodes": settings["nodes"], "seconds": settings["seconds"]}
+    entry = {"found": str(violation)[:100], "seed": seed, "shape": shape, "plan": [asdict(fault) for fault in plan]}
+    return json.dumps(entry)
 
 
 def commit():
@@ -96,17 +108,21 @@ def commit():
 
 
 def regressions():
-    """Read the seeds that once failed: their plans, and what went wrong."""
+    """Read the seeds that once failed: what went wrong, and all options."""
     for line in REGRESSIONS.read_text().splitlines():
         entry = json.loads(line)
-        plan = entry["plan"] and tuple(Fault(**(fault | {"kind": FaultKind(fault["kind"])})) for fault in entry["plan"])
-        yield entry["seed"], plan, entry["found"]
+        entry["plan"] = tuple(Fault(**(fault | {"kind": FaultKind(fault["kind"])})) for fault in entry["plan"])
+        shape = entry["shape"]
+        settings = settings_of(tuple(shape.pop("nodes")), shape.pop("seconds"), shape["ttl"])
+        entry["shape"] = Shape(**(shape | {"locks": tuple(shape["locks"])}), settings=settings)
+        yield entry
 
 
 def replay(seed):
     """Run one seed, print its story line by line, and what is wrong with it."""
     run, _ = run_seed(seed)
     print("\n".join(run.log_lines()))
+    print("\n".join(map(repr, run.plan)))
     if run.violations:
         print(describe(run))
     return int(bool(run.violations))

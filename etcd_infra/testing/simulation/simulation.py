@@ -224,6 +224,7 @@ class Simulation:
             machine.link.forget_faults()
             machine.set_rate(1.0)
             machine.start()
+        self.somebody_rests()
         with trio.move_on_after(self.settings.calm_seconds):
             await self._all_rest.wait()
         if not self._all_rest.is_set():
