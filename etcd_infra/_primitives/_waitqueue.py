@@ -211,7 +211,7 @@ class Place:
         unclear = False
         failures = 0
         with trio.move_on_at(until, shield=True):
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             while not self.session.lease.is_lost() and not self.lease.is_lost():
                 try:
                     return await self._leave() or (None if unclear else False)

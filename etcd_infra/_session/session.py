@@ -142,7 +142,7 @@ class Session:
 
     async def current(self) -> Session:
         """Return this session: a plain session is its own only one."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         self.check()
         return self
 
