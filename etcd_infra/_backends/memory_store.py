@@ -49,6 +49,8 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from etcd_infra._etcd.model import OpResult, WatchRequest
 
 _TARGETS: Final = {
@@ -339,7 +341,7 @@ class Store:
     def _commit(self) -> None:
         # etcd: a request that changed nothing makes no revision.
         if self._changes:
-            commit = Commit(self.revision + 1, tuple(self._changes))
+            commit = Commit(self.revision + 1, _as_told(self._changes))
             self._changes.clear()
             self.history.commits.append(commit)
             self._watchers.publish(commit)
@@ -436,3 +438,16 @@ class Store:
             if state is not None:
                 self._remove(state)
         self._commit()
+
+
+def _as_told(changes: Sequence[Event]) -> tuple[Event, ...]:
+    """Say of each change what was there before the revision, whatever else the revision did to the key."""
+    if len(changes) == 1:
+        return tuple(changes)
+    # etcd: a watch reads what was there at the revision before; a key that the revision created has none.
+    before: dict[bytes, KeyValue | None] = {}
+    told: list[Event] = []
+    for event in changes:
+        was = before.setdefault(event.key, event.prev_kv)
+        told.append(replace(event, prev_kv=was) if event.prev_kv not in {None, was} else event)
+    return tuple(told)

@@ -212,6 +212,19 @@ async def test_prev_kv_is_what_was_there_before(world):
     assert [None, one, two, None] == [event.prev_kv for event in events]
 
 
+async def test_prev_kv_is_from_the_revision_before(world):
+    """S-D10: what was there before is read at the revision before, whatever the same Txn did to the key already."""
+    before = await world.put("a", b"old")
+    old = await world.get("a")
+    async with world.backend.watch(world.all, start_revision=before + 1, prev_kv=True) as stream:
+        await world.apply(
+            Txn(success=(world.putting("a", b"new"), world.putting("b", b"new"))),
+            Txn(success=(world.deleting("a"), world.deleting("b"))),
+        )
+        events = await receive_events(stream, 4)
+    assert [old, None, old, None] == [event.prev_kv for event in events]
+
+
 async def test_no_prev_kv_unless_asked(world):
     """S-D10: without `prev_kv` no event carries one."""
     before = await world.put("a")
