@@ -26,6 +26,14 @@ contract *ARGS:
 integration *ARGS:
     {{python}} -m pytest tests/integration -m "slow or not slow" {{ARGS}}
 
+# Locks under simulated faults: `just sim 17` replays one seed, `just sim --seeds 3000` runs many.
+sim *ARGS:
+    {{python}} -m tests.simulation.running {{ARGS}}
+
+# Very many seeds, on two processors.
+soak *ARGS:
+    nice -n 10 {{python}} -m tests.simulation.running --first 10000 --seeds 100000 --jobs 2 {{ARGS}}
+
 # The wire format on each protobuf major that is allowed, each in an environment of its own.
 protobuf-matrix:
     .ci/protobuf-matrix

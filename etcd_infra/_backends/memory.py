@@ -153,7 +153,7 @@ class MemoryNode(Backend):
             stream.wake()
 
     async def _reach(self, deadline: float, cut: frozenset[_Link]) -> bool:
-        """Wait until the way is neither `cut` nor the process stopped; False if it was still cut at `deadline`."""
+        """Wait until the way is not `cut` nor the process stopped; False: it was still cut at `deadline`."""
         while self._link in cut or self._link in _STOPPED:
             if self._link in _STOPPED:
                 await self._link_changed.wait()
@@ -392,7 +392,7 @@ class MemoryEtcd(MemoryNode):
         return self.store.back_up(trio.current_time())
 
     def restore(self, backup: Backup) -> None:
-        """Go back to `backup`: the revision is lower then, and what was written since is gone; watches break."""
+        """Go back to `backup`: the revision is lower then, what was written since is gone, watches break."""
         self.store.restore(backup, trio.current_time())
         self._restart()
 

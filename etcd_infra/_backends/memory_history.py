@@ -72,7 +72,7 @@ class History:
         twin = self.none()
         twin.commits = list(self.commits)
         twin.compacted = self.compacted
-        twin._forgotten = self._forgotten
+        twin._forgotten = self._forgotten  # noqa: SLF001 - a twin's
         return twin
 
     def overdue(self) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from etcd_infra._backends.memory import MemoryNode
     from etcd_infra._backends.memory_watch import Watcher
     from etcd_infra._backends.watch_cursor import WatchCursor
-    from etcd_infra._etcd.model import WatchBatch
+    from etcd_infra._etcd.model import WatchBatch, WatchResponse
 
 
 class MemoryWatch(WatchStream):
@@ -70,22 +70,24 @@ class MemoryWatch(WatchStream):
             self._watcher = self._node.start_watcher(self._cursor.request())
             self._watcher.notify = self.wake
         while (response := self._watcher.poll(trio.current_time())) is not None:
-            try:
-                batch = self._cursor.feed(response)
-            except EtcdError as error:
-                self.cut()
-                self._failure = error
-                raise
-            if response.created:
-                self.created_revision = response.revision
-                if self._cursor.may_be_reset:
-                    # There is one member only, so none that lags.
-                    self.cut()
-                    self._failure = StoreResetError(f"the store went back to revision {response.revision}")
-                    raise self._failure
+            batch = self._feed(response)
             if batch is not None:
                 return batch
         return None
+
+    def _feed(self, response: WatchResponse) -> WatchBatch | None:
+        try:
+            batch = self._cursor.feed(response)
+            if response.created and self._cursor.may_be_reset:
+                # There is one member only, so none that lags.
+                raise StoreResetError(f"the store went back to revision {response.revision}")
+        except EtcdError as error:
+            self.cut()
+            self._failure = error
+            raise
+        if response.created:
+            self.created_revision = response.revision
+        return batch
 
     async def _sleep(self) -> None:
         if self._woken.is_set():

@@ -88,7 +88,8 @@ class KeyWatch:
     `run` must be running in the background.
 
     Attributes:
-        told_up_to: The revision that a read must have reached: what happened before it will not be told (again).
+        told_up_to: The revision that a read must have reached: what happened before it will not be told
+        (again).
     """
 
     def __init__(self, backend: Backend, prefix: bytes, random: Random) -> None:
@@ -283,8 +284,8 @@ class KeyWatch:
     async def _read(self, guards: Sequence[Guarded]) -> None:
         reads = tuple(Range(KeyRange.one(guarded.key), keys_only=True) for guarded in guards)
         answer = await self._backend.txn(Txn(success=reads))
-        # etcd: some servers answer linearizable reads with an older revision now and then (#20418): from before the
-        # key was created, or from before its end was told.
+        # etcd: some servers answer linearizable reads with an older revision now and then (#20418): from
+        # before the key was created, or from before its end was told.
         needed = max(self.told_up_to, *(guarded.created for guarded in guards))
         if answer.revision < needed:
             raise UnavailableError(f"a stale read: at {answer.revision}, not {needed}")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.backend import WatchStream
+from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.model import WatchBatch
 from etcd_infra.errors import EtcdError
 
@@ -60,7 +60,9 @@ class FaultRates:
     def __post_init__(self) -> None:
         rates = (self.lost_request, self.lost_answer, self.delay, self.late, self.duplicate)
         if any(not 0 <= rate <= 1 for rate in (*rates, self.cut_stream, sum(rates))):
-            raise ValueError(f"rates must be between 0 and 1, and those of calls must not exceed 1 together: {self}")
+            raise ValueError(
+                f"rates must be between 0 and 1, and those of calls must not exceed 1 together: {self}"
+            )
         if self.longest_delay < 0 or self.latest < 0:
             raise ValueError(f"delays must not be negative: {self}")
 
@@ -84,7 +86,9 @@ class FaultRates:
 class _Relayed(WatchStream):
     """A watch that somebody else receives."""
 
-    def __init__(self, batches: trio.MemoryReceiveChannel[WatchBatch | EtcdError], created_revision: int) -> None:
+    def __init__(
+        self, batches: trio.MemoryReceiveChannel[WatchBatch | EtcdError], created_revision: int
+    ) -> None:
         self.created_revision = created_revision
         self._batches = batches
         self._failure: EtcdError | None = None

@@ -1,9 +1,9 @@
 """
 A backend whose answers and requests get lost: on demand, or by chance.
 
-Each directed verb strikes one call: the next one that `only` lets through. With a source of randomness every call
-may be struck besides. A write that was struck raises `OutcomeUnknownError`, as it would over a network; a read
-`UnavailableError`.
+Each directed verb strikes one call: the next one that `only` lets through. With a source of randomness
+every call may be struck besides. A write that was struck raises `OutcomeUnknownError`, as it would over a
+network; a read `UnavailableError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class FaultyBackend(Wrapping):
 
     Args:
         inner: The backend.
-        random: Decides by chance; None: only what is demanded happens. The same seed and the same calls meet the
+        random: Decides by chance; None: only what is demanded happens. The same seed and the same calls
+        meet the
             same faults.
         rates: How likely each fault is; only with `random`.
 
@@ -91,11 +92,15 @@ class FaultyBackend(Wrapping):
         self._random = None
         self.forget_faults()
 
-    async def around(self, verb: str, request: object, call: Callable[[], Awaitable[T]]) -> T:
+    async def around(self, verb: str, request: object, call: Callable[[], Awaitable[T]]) -> T:  # noqa: C901 - a table
         """See `Wrapping`."""
         if self._faults and self.only(verb, request):
             fault, seconds = self._faults.popleft()
-        elif self._random is not None and verb != "watch" and (drawn := self._rates.draw(self._random)) is not None:
+        elif (
+            self._random is not None
+            and verb != "watch"
+            and (drawn := self._rates.draw(self._random)) is not None
+        ):
             fault, seconds = drawn
         else:
             return await call()

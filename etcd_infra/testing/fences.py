@@ -103,7 +103,7 @@ def check_fences(
         }
         for claim, owner in owners.items():
             if claim.token != owner:
-                what = f"a write under token {claim.token} of {claim.line!r} was applied; the owner is {owner or 'nobody'}"
+                what = f"a write under token {claim.token} of {claim.line!r} was applied; first is {owner}"
                 found.append(Violation("L1", what, commit.revision))
         for event in commit.events:
             lines.apply(event)
@@ -132,9 +132,9 @@ def check_grants(commits: Iterable[Commit], locks: bytes, grants: Sequence[Grant
     """
     Check what callers were told about owning locks (L2, L3, L5).
 
-    Each grant's key must have been the first in its line at some revision between call and return; so grants come
-    in the order of the create revisions. No token is granted twice; and of two grants the one that was asked for
-    after the other had been told has the larger token.
+    Each grant's key must have been the first in its line at some revision between call and return; so
+    grants come in the order of the create revisions. No token is granted twice; and of two grants the one
+    that was asked for after the other had been told has the larger token.
 
     Args:
         commits: The whole history, from the first revision on.
@@ -152,7 +152,9 @@ def check_grants(commits: Iterable[Commit], locks: bytes, grants: Sequence[Grant
         )
         if not first:
             found.append(
-                Violation("L3", f"{grant} was never first in line while it was asked for", grant.granted_revision)
+                Violation(
+                    "L3", f"{grant} was never first in line while it was asked for", grant.granted_revision
+                )
             )
     return found + _token_order(grants)
 
@@ -166,7 +168,7 @@ def _token_order(grants: Sequence[Grant]) -> list[Violation]:
         by_token: dict[int, Grant] = {}
         for grant in of_line:
             if (other := by_token.setdefault(grant.token, grant)) is not grant:
-                found.append(Violation("L2", f"one token for two: {other}, {grant}", grant.granted_revision))
+                found.append(Violation("L2", f"one token for two: {other}, {grant}", grant.granted_revision))  # noqa: PERF401
         found += _out_of_order(of_line)
     return found
 

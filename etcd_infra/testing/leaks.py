@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,20 +47,20 @@ def take_inventory(etcd: MemoryEtcd | None = None) -> Inventory:
     Args:
         etcd: The store to look into, besides this process; leases that are due end first.
     """
-    inside = {
-        "tasks": tuple(sorted(_tasks())),
-        "threads": tuple(sorted(thread.name for thread in threading.enumerate())),
-        "descriptors": tuple(sorted(_descriptors())),
-    }
+    inside = Inventory(
+        tasks=tuple(sorted(_tasks())),
+        threads=tuple(sorted(thread.name for thread in threading.enumerate())),
+        descriptors=tuple(sorted(_descriptors())),
+    )
     if etcd is None:
-        return Inventory(**inside)
+        return inside
     etcd.advance()
     snapshot = etcd.store.snapshot()
-    return Inventory(
+    return replace(
+        inside,
         keys=tuple(kv.key for kv in snapshot.kvs),
         leases=tuple(lease for lease, _, _ in snapshot.leases),
         watches=etcd.open_watches,
-        **inside,
     )
 
 
@@ -109,9 +108,9 @@ def _descriptors() -> list[str]:
     if not _DESCRIPTORS.exists():
         return []
     found: list[str] = []
-    for entry in os.listdir(_DESCRIPTORS):
+    for entry in tuple(_DESCRIPTORS.iterdir()):
         try:
-            found.append(str((_DESCRIPTORS / entry).readlink()))
+            found.append(str(entry.readlink()))
         except OSError:  # the one that listing needed
             continue
     return found

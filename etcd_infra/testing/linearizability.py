@@ -1,7 +1,8 @@
 """
 A small linearizability checker, for histories without an observer who knows the revisions.
 
-Source: J. Wing and C. Gong, 1993; G. Lowe, "Testing for linearizability", 2017: a search over which operation took
+Source: J. Wing and C. Gong, 1993; G. Lowe, "Testing for linearizability", 2017: a search over which
+operation took
 effect next, that never visits the same pair of done operations and state twice. The time that it takes grows
 exponentially with the number of operations that overlap, not with the length of the history.
 """
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
-RequestIn = TypeVar("RequestIn", contravariant=True)
-AnswerIn = TypeVar("AnswerIn", contravariant=True)
+RequestIn_contra = TypeVar("RequestIn_contra", contravariant=True)
+AnswerIn_contra = TypeVar("AnswerIn_contra", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Operation(Generic[Request, Answer]):
     One operation as its caller saw it.
 
     Attributes:
-        call, reply: When it was sent and answered, on one clock; infinity: it was never answered, and may have taken
+        call, reply: When it was sent and answered, on one clock; infinity: it was never answered, and may
+        have taken
             effect at any later time, or never.
         request: What was asked.
         answer: What was answered; None if nothing was.
@@ -41,14 +43,16 @@ class Operation(Generic[Request, Answer]):
     answer: Answer | None = None
 
 
-class Model(Protocol[RequestIn, AnswerIn]):
+class Model(Protocol[RequestIn_contra, AnswerIn_contra]):
     """A sequential specification; its states must be hashable."""
 
     def initial(self) -> Hashable:
         """Return the first state."""
         ...
 
-    def step(self, state: Hashable, request: RequestIn, answer: AnswerIn | None) -> tuple[bool, Hashable]:
+    def step(
+        self, state: Hashable, request: RequestIn_contra, answer: AnswerIn_contra | None
+    ) -> tuple[bool, Hashable]:
         """Say whether `answer` (None: any) is right in `state`, and what the state is afterwards."""
         ...
 
@@ -129,7 +133,7 @@ def check_linearizable(
             if right and following not in visited:
                 visited.add(following)
                 stack.append(following)
-    what = f"no order of {len(operations)} operations explains the answers; at most {farthest} of them can be explained"
+    what = f"no order of {len(operations)} operations explains the answers; at most {farthest} are explained"
     return [Violation("linearizable", what)]
 
 

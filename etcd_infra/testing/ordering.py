@@ -35,8 +35,9 @@ def check_real_time_order(operations: Sequence[Timed]) -> list[Violation]:
     """
     Check that what was called after a reply has a later revision.
 
-    A write has a larger revision than everything that was answered before it was called; a read at least the same.
-    No two writes share a revision. With revisions known nothing has to be searched: it takes n log n.
+    A write has a larger revision than everything that was answered before it was called; a read at least
+    the same. No two writes share a revision. With revisions known nothing has to be searched: it takes n
+    log n.
     """
     found: list[Violation] = []
     replied = sorted((each for each in operations if each.reply < inf), key=lambda each: each.reply)

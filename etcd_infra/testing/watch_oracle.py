@@ -6,14 +6,13 @@ Source: etcd ``tests/robustness/validate/watch.go``; the gap rule is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from etcd_infra.testing.violation import Violation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from etcd_infra._backends.memory_history import Commit
     from etcd_infra._etcd.model import Event, KeyRange, WatchBatch
@@ -67,7 +66,8 @@ def check_watch(commits: Sequence[Commit], watched: Watched) -> list[Violation]:
     Filter: nothing that was not asked for, or never happened. Ordered: by revision, and within one as the
     operations were. Unique: each event once. Atomic: a revision whole, in one batch. Reliable: nothing left out
     between two deliveries; resumable: nor where it was made anew. Bookmarkable: a progress notification is not
-    followed by anything up to its revision. Is-create: a key's first event says so. Prev-kv: the state before is
+    followed by anything up to its revision. Is-create: a key's first event says so. Prev-kv: the state
+    before is
     the true one, and missing only if it was compacted. Gap: reported exactly when history was lost.
 
     Args:
@@ -93,15 +93,23 @@ def _of_each_event(truth: dict[int, tuple[Event, ...]], watched: Watched) -> Ite
             if original is None or original.kind != event.kind or original.kv.value != event.kv.value:
                 yield FILTER, f"{event} never happened", at
                 continue
-            if (event.kv.create_revision, event.kv.version) != (original.kv.create_revision, original.kv.version):
+            if (event.kv.create_revision, event.kv.version) != (
+                original.kv.create_revision,
+                original.kv.version,
+            ):
                 yield IS_CREATE, f"{event} instead of {original}", at
             if event.prev_kv is not None and event.prev_kv != original.prev_kv:
                 yield PREV_KV, f"{event} instead of {original}", at
-            if watched.prev_kv and event.prev_kv is None and original.prev_kv is not None and at > watched.compacted:
+            if (
+                watched.prev_kv
+                and event.prev_kv is None
+                and original.prev_kv is not None
+                and at > watched.compacted
+            ):
                 yield PREV_KV, f"{event} lacks what was there before", at
 
 
-def _of_the_sequence(truth: dict[int, tuple[Event, ...]], watched: Watched) -> Iterator[_Finding]:
+def _of_the_sequence(truth: dict[int, tuple[Event, ...]], watched: Watched) -> Iterator[_Finding]:  # noqa: C901 - a table
     expected = watched.start_revision
     made_anew = False
     bookmark = 0
@@ -127,7 +135,9 @@ def _of_the_sequence(truth: dict[int, tuple[Event, ...]], watched: Watched) -> I
         made_anew = False
 
 
-def _of_one_batch(truth: dict[int, tuple[Event, ...]], watched: Watched, batch: WatchBatch) -> Iterator[_Finding]:
+def _of_one_batch(  # noqa: C901 - a table
+    truth: dict[int, tuple[Event, ...]], watched: Watched, batch: WatchBatch
+) -> Iterator[_Finding]:
     revisions = [event.revision for event in batch.events]
     if sorted(revisions) != revisions:
         yield ORDERED, f"the revisions of one batch: {revisions}", revisions[-1]
@@ -164,4 +174,8 @@ def _of_gaps(truth: dict[int, tuple[Event, ...]], watched: Watched) -> Iterator[
         if any(watched.concerns(event) for event in truth.get(revision, ()))
     ]
     if lost:
-        yield GAP, f"revisions {lost} were lost to compaction at {watched.compacted}, and nobody was told", lost[0]
+        yield (
+            GAP,
+            f"revisions {lost} were lost to compaction at {watched.compacted}, and nobody was told",
+            lost[0],
+        )

@@ -133,7 +133,13 @@ def stories(run):
         operation = note.facts.get("operation")
         if note.what == "asked":
             found[operation] = Story(
-                note.process, operation, note.facts["lock"], note.facts["way"], note.at, note.revision, note.lineage
+                note.process,
+                operation,
+                note.facts["lock"],
+                note.facts["way"],
+                note.at,
+                note.revision,
+                note.lineage,
             )
         elif note.what == "granted":
             story = found[operation]
@@ -192,7 +198,11 @@ class LockChecks:
             told = [story for story in self.stories if story.granted_lineage == number == story.lineage]
             grants = [
                 Grant(
-                    KEYS.lock_line(story.lock), story.token, story.asked_revision, story.granted_revision, story.process
+                    KEYS.lock_line(story.lock),
+                    story.token,
+                    story.asked_revision,
+                    story.granted_revision,
+                    story.process,
                 )
                 for story in told
             ]
@@ -210,7 +220,7 @@ class LockChecks:
             if story.granted is None:
                 continue
             gone = deleted.get((story.granted_lineage, story.key, story.token))
-            if gone is None or gone.origin.partition("#")[0] == story.node and isinstance(gone.request, Txn):
+            if gone is None or (gone.origin.partition("#")[0] == story.node and isinstance(gone.request, Txn)):
                 continue
             left = story.leaving
             if left is None and self._died(story):
@@ -258,7 +268,11 @@ class LockChecks:
         """Say until when a node may be late: a process that is stopped sees nothing."""
         until = at
         for strike in sorted(self.run.strikes, key=lambda strike: strike.begin):
-            if strike.kind in STOPS and strike.node == node and strike.begin <= until <= strike.end + SUSPEND_SECONDS:
+            if (
+                strike.kind in STOPS
+                and strike.node == node
+                and strike.begin <= until <= strike.end + SUSPEND_SECONDS
+            ):
                 until = max(until, min(strike.end, max(self.run.calm_at, until)) + SUSPEND_SECONDS)
         return until
 
@@ -308,7 +322,9 @@ class LockChecks:
             at = {timed.commit.revision: timed.at for timed in lineage}
             history = turns([timed.commit for timed in lineage], KEYS.locks)
             self._all_turns[number] = {
-                (line, turn.token): at[turn.begin] for line, found in history.items() for turn in reversed(found)
+                (line, turn.token): at[turn.begin]
+                for line, found in history.items()
+                for turn in reversed(found)
             }
         return self._all_turns[number]
 
@@ -329,7 +345,11 @@ class LockChecks:
         owner = self._lease_owners()
         for number, lineage in enumerate(self.run.lineages):
             for timed in lineage:
-                if timed.at < self.run.began_at[number] or not isinstance(timed.request, Txn) or "#" not in timed.origin:
+                if (
+                    timed.at < self.run.began_at[number]
+                    or not isinstance(timed.request, Txn)
+                    or "#" not in timed.origin
+                ):
                     continue
                 yield from self._own_deletions(timed, number, held, owner)
 
@@ -342,7 +362,11 @@ class LockChecks:
             if theirs is not None and theirs != timed.origin:
                 yield Violation("L8", f"{timed.origin} deleted {event.key!r} of {theirs}", timed.at)
             story = held.get((number, event.key, event.prev_kv.create_revision))
-            if story is not None and (story.leaving is None or story.leaving > timed.at) and not self._died(story):
+            if (
+                story is not None
+                and (story.leaving is None or story.leaving > timed.at)
+                and not self._died(story)
+            ):
                 yield Violation("L8", f"{timed.origin} deleted what it held: {story}", timed.at)
 
     def _lease_owners(self):

@@ -111,7 +111,9 @@ class LockProgram:
                         held = hold is not None
                         if hold is not None:
                             await self._body(process, name, operation, hold, last=last)
-                            process.note("leaving", operation=operation, token=hold.token, status=str(hold.status))
+                            process.note(
+                                "leaving", operation=operation, token=hold.token, status=str(hold.status)
+                            )
                 if late.cancelled_caught:
                     process.note("cancelled", operation=operation)
             except (EtcdError, LostError) as error:

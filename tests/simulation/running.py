@@ -17,7 +17,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 from etcd_infra.testing import Counters, Fault, FaultKind, shrink, simulate
@@ -95,7 +94,12 @@ def regression(seed, plan, violation):
     shape = asdict(shape_of(seed))
     settings = shape.pop("settings")
     shape |= {"nodes": settings["nodes"], "seconds": settings["seconds"]}
-    entry = {"found": str(violation)[:100], "seed": seed, "shape": shape, "plan": [asdict(fault) for fault in plan]}
+    entry = {
+        "found": str(violation)[:100],
+        "seed": seed,
+        "shape": shape,
+        "plan": [asdict(fault) for fault in plan],
+    }
     return json.dumps(entry)
 
 

@@ -103,7 +103,9 @@ def test_suspended_machine_stands_still():
     async def program(process):
         boot, monotonic = process.boot_clock(), trio.current_time()
         await trio.sleep(4)
-        process.note("slept", boot=round(process.boot_clock() - boot), monotonic=round(trio.current_time() - monotonic))
+        process.note(
+            "slept", boot=round(process.boot_clock() - boot), monotonic=round(trio.current_time() - monotonic)
+        )
         await process.rest()
 
     run = play(program, Fault(FaultKind.SUSPEND, 2.0, "a", 10.0))
@@ -347,7 +349,7 @@ def test_shrink_keeps_to_its_budget():
     shortest = shrink(plan, fails, budget=5)
     assert 5 == len(runs)
     assert 2 <= len(shortest) < 40
-    assert (plan[0],) == shrink(plan[:1], lambda faults: bool(faults))
+    assert (plan[0],) == shrink(plan[:1], bool)
 
 
 def test_counters():

@@ -199,7 +199,7 @@ async def test_demand_comes_before_chance(autojump_clock):
 )
 def test_bad_rates(rates):
     """Rates outside of 0 to 1, or above 1 together, and negative delays are refused."""
-    with pytest.raises(ValueError, match="must not|between"):
+    with pytest.raises(ValueError, match=r"must not|between"):
         FaultRates(**rates)
 
 

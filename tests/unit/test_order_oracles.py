@@ -88,7 +88,11 @@ GOOD_REGISTER = {
     "write, read": [did(0, 1, Write(1), True), did(2, 3, Read(), (1,))],
     "read before an overlapping write": [did(0, 9, Write(1), True), did(1, 2, Read(), (None,))],
     "read after an overlapping write": [did(0, 9, Write(1), True), did(1, 2, Read(), (1,))],
-    "two writes, either last": [did(0, 9, Write(1), True), did(0, 9, Write(2), True), did(10, 11, Read(), (1,))],
+    "two writes, either last": [
+        did(0, 9, Write(1), True),
+        did(0, 9, Write(2), True),
+        did(10, 11, Read(), (1,)),
+    ],
     "lost write that was applied": [did(0, inf, Write(1)), did(5, 6, Read(), (1,))],
     "lost write that was not": [did(0, inf, Write(1)), did(5, 6, Read(), (None,))],
     "lost write that comes late": [
@@ -175,7 +179,9 @@ def register_history(draw):
     return history
 
 
-BASE = Inventory(keys=(b"epoch",), leases=(7,), watches=1, tasks=("main", "work"), threads=("Main",), descriptors=("a", "a"))
+BASE = Inventory(
+    keys=(b"epoch",), leases=(7,), watches=1, tasks=("main", "work"), threads=("Main",), descriptors=("a", "a")
+)
 NO_LEAKS = {
     "the same": (BASE, ()),
     "less": (Inventory(), ()),

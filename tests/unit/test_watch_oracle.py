@@ -33,7 +33,9 @@ COMMITS = truth()
 
 def events(revision, *, prev=False, only=None):
     """Return what a watch on k… has to deliver of one revision."""
-    found = [event for event in COMMITS[revision - 2].events if event.key in KEYS and (only is None or only(event))]
+    found = [
+        event for event in COMMITS[revision - 2].events if event.key in KEYS and (only is None or only(event))
+    ]
     return tuple(event if prev else replace(event, prev_kv=None) for event in found)
 
 
@@ -106,7 +108,9 @@ BAD = {
     "created though changed": (watched(*ALL[:2], changed(4, version=1, create_revision=4)), "is-create"),
     "changed though created": (watched(changed(2, version=2, create_revision=1)), "is-create"),
     "wrong state before": (
-        watched(WatchBatch(4, (replace(events(4, prev=True)[0], prev_kv=KeyValue(b"k1", b"q", 2, 2, 1)),)), start=4),
+        watched(
+            WatchBatch(4, (replace(events(4, prev=True)[0], prev_kv=KeyValue(b"k1", b"q", 2, 2, 1)),)), start=4
+        ),
         "prev-kv",
     ),
     "state before though new": (

@@ -53,7 +53,11 @@ class SimulatedBackend(Backend):
         return self._network.server.store
 
     async def _call(
-        self, verb: str, request: object, apply: Callable[[float], T], unanswered: Callable[[], EtcdError] | None
+        self,
+        verb: str,
+        request: object,
+        apply: Callable[[float], T],
+        unanswered: Callable[[], EtcdError] | None,
     ) -> T:
         await trio.lowlevel.checkpoint_if_cancelled()
         writes = unanswered is not None

@@ -1,9 +1,9 @@
 """
 Time in a simulation: one true time, and for each node the clocks that its program reads.
 
-A program's `trio.current_time()`, its deadlines and its sleeps are on its node's monotonic clock, which may run
-fast or slow and stands still while the machine is suspended; its boot-time clock goes on. All else (the network,
-the server, checkers) lives in true time.
+A program's `trio.current_time()`, its deadlines and its sleeps are on its node's monotonic clock, which may
+run fast or slow and stands still while the machine is suspended; its boot-time clock goes on. All else (the
+network, the server, checkers) lives in true time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from etcd_infra.testing.simulation.trio_internals import something_runs, somebody_waits_for_idle
+from etcd_infra.testing.simulation.trio_internals import somebody_waits_for_idle, something_runs
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -42,7 +42,11 @@ class NodeClock:
 
     def monotonic(self, true: float) -> float:
         """Say what the monotonic clock shows at a true time."""
-        return self._shown if self._suspended_since is not None else self._shown + (true - self._since) * self._rate
+        return (
+            self._shown
+            if self._suspended_since is not None
+            else self._shown + (true - self._since) * self._rate
+        )
 
     def boot(self, true: float) -> float:
         """Say what the boot-time clock shows: suspended time counts."""
@@ -151,7 +155,8 @@ class SimulationClock(trio.abc.Clock):
                 raise RuntimeError("the simulation stands still: every task waits, and no deadline is left")
             return 1.0
         self.now = max(self.now, deadline)
-        # Most messages wake nobody; going through Trio's whole loop for each of them would cost a third of all time.
+        # Most messages wake nobody; going through Trio's whole loop for each of them would cost a third of
+        # all time.
         while self.happenings is not None and not something_runs():
             self.happenings.expire(self.now)
             deadline = self.happenings.next_deadline()

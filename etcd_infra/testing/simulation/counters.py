@@ -87,10 +87,17 @@ class Counters:
     def table(self) -> str:
         """Render all cells as a Markdown table."""
         invariants = sorted(self.checked)
-        lines = [f"| fault | runs | {' | '.join(invariants)} |", f"| --- | {'---: | ' * (len(invariants) + 1)}".rstrip()]
+        lines = [
+            f"| fault | runs | {' | '.join(invariants)} |",
+            f"| --- | {'---: | ' * (len(invariants) + 1)}".rstrip(),
+        ]
         lines += [
-            f"| {kind} | {self.struck[kind]} | {' | '.join(str(self.cells[kind, each]) for each in invariants)} |"
+            _row(kind, self.struck[kind], [self.cells[kind, each] for each in invariants])
             for kind in sorted(self.struck)
         ]
-        lines.append(f"| checks | {self.runs} | {' | '.join(str(self.checked[each]) for each in invariants)} |")
+        lines.append(_row("checks", self.runs, [self.checked[each] for each in invariants]))
         return "\n".join(lines)
+
+
+def _row(name: str, runs: int, numbers: list[int]) -> str:
+    return f"| {name} | {runs} | {' | '.join(map(str, numbers))} |"

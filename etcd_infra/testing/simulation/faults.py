@@ -1,9 +1,9 @@
 """
 What can go wrong, as a plan: a list of faults, each with its moment, its victim and its size.
 
-A plan is drawn from a seed before anything runs, so it can be printed, stored, shortened and run again. Each seed
-draws a random subset of all kinds first ("swarm testing"): a run with two kinds of faults reaches states that a run
-with all of them never does.
+A plan is drawn from a seed before anything runs, so it can be printed, stored, shortened and run again.
+Each seed draws a random subset of all kinds first ("swarm testing"): a run with two kinds of faults reaches
+states that a run with all of them never does.
 
 Source: A. Groce et al., "Swarm testing", ISSTA 2012.
 """
@@ -63,7 +63,10 @@ class FaultKind(StrEnum):
     FOREIGN_DELETE = "foreign delete"
     """Somebody deletes one of the keys under `prefix`."""
     FOREIGN_RECREATE = "foreign re-create"
-    """Somebody deletes one of the keys under `prefix`, and puts the same value under the same lease there again."""
+    """
+    Somebody deletes one of the keys under `prefix`, and puts the same value under the same lease there
+    again.
+    """
     RESTORE = "restore"
     """The store goes back to what it was at an earlier moment."""
     WIPE = "wipe"
@@ -184,7 +187,7 @@ def draw_plan(
         if random.random() >= size.weight:
             continue
         for _ in range(random.randint(1, max(1, round(size.most * seconds / 20)))):
-            faults.append(
+            faults.append(  # noqa: PERF401
                 Fault(
                     kind,
                     at=round(random.uniform(0, seconds), 3),

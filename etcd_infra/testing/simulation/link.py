@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from etcd_infra.testing.simulation.faults import FaultKind
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from etcd_infra.testing.simulation.faults import Fault
     from etcd_infra.testing.simulation.timeline import Timeline
 
-ON_ANY_CALL = frozenset({FaultKind.DELAYED_ANSWER})
+ON_ANY_CALL: Final = frozenset({FaultKind.DELAYED_ANSWER})
+STILL_ARRIVES: Final = 0.5
 
 
 class Link:
@@ -78,7 +79,7 @@ class Link:
         if not self.requests_cut:
             requests, self._held_requests = self._held_requests, []
             for arrive in requests:
-                if self._random.random() < 0.5:
+                if self._random.random() < STILL_ARRIVES:
                     self._timeline.after(self.latency(), arrive)
         if not self.answers_cut:
             answers, self._held_answers = self._held_answers, []

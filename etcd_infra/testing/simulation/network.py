@@ -132,7 +132,7 @@ class Network:
             nonlocal result
             try:
                 if call.process.link.denied:
-                    raise AccessDeniedError("etcdserver: permission denied")  # noqa: TRY301
+                    raise AccessDeniedError("etcdserver: permission denied")
                 result = outcome.Value(call.apply(self.server.now))
             except EtcdError as error:
                 result = outcome.Error(error)

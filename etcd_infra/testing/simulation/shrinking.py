@@ -7,12 +7,14 @@ Source: A. Zeller and R. Hildebrandt, "Simplifying and isolating failure-inducin
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from etcd_infra.testing.simulation.faults import Fault
+
+SHORT_SECONDS: Final = 0.1
 
 
 def shrink(
@@ -62,7 +64,7 @@ def _shorten(plan: tuple[Fault, ...], runs: _Runs) -> tuple[Fault, ...]:
     """Try to halve how long each fault lasts: smaller is easier to read."""
     for index, fault in enumerate(plan):
         smaller = fault
-        while smaller.seconds > 0.1:
+        while smaller.seconds > SHORT_SECONDS:
             candidate = replace(smaller, seconds=round(smaller.seconds / 2, 3))
             if not runs.fails((*plan[:index], candidate, *plan[index + 1 :])):
                 break

@@ -103,7 +103,9 @@ class SimulationRun:
     def log_lines(self) -> list[str]:
         """Describe the run, line by line; the same seed gives the same lines, in every process."""
         lines = [f"{at!r} {who} {verb} {result!r}" for at, who, verb, result in self.calls]
-        lines += [f"{note.at!r} {note.process} {note.what} {sorted(note.facts.items())!r}" for note in self.notes]
+        lines += [
+            f"{note.at!r} {note.process} {note.what} {sorted(note.facts.items())!r}" for note in self.notes
+        ]
         lines += [repr(strike) for strike in self.strikes]
         for lineage in self.lineages:
             lines += [f"{timed.at!r} {timed.origin} {timed.commit!r}" for timed in lineage]
@@ -228,7 +230,11 @@ class Simulation:
         with trio.move_on_after(self.settings.calm_seconds):
             await self._all_rest.wait()
         if not self._all_rest.is_set():
-            late = [name for name, machine in self.machines.items() if not (machine.process and machine.process.resting)]
+            late = [
+                name
+                for name, machine in self.machines.items()
+                if not (machine.process and machine.process.resting)
+            ]
             self.violate("liveness", f"{', '.join(late)} did not get through in {self.settings.calm_seconds} s")
         else:
             await trio.sleep(SETTLE_SECONDS)
@@ -254,7 +260,9 @@ class Simulation:
 
     def _look_for_left_overs(self) -> None:
         self.run.requests = self.network.sent
-        watches = [process.id for machine in self.machines.values() for process in machine.processes if process.watches]
+        watches = [
+            process.id for machine in self.machines.values() for process in machine.processes if process.watches
+        ]
         if watches:
             self.violate("left-overs", f"open watches of {watches}")
         snapshot = self.server.store.snapshot()
@@ -313,6 +321,7 @@ def _no_garbage_collection() -> Generator[None]:
 
 
 def _described(error: BaseException) -> str:
-    if isinstance(error, BaseExceptionGroup):
-        return f"{type(error).__name__}({', '.join(_described(inner) for inner in error.exceptions)})"  # pyright: ignore[reportUnknownVariableType]
+    inner = getattr(error, "exceptions", ())
+    if inner:
+        return f"{type(error).__name__}({', '.join(map(_described, inner))})"
     return f"{type(error).__name__}: {error}"

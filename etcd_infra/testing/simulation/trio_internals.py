@@ -1,11 +1,12 @@
 """
 All that a simulation needs of Trio beyond its public names; nothing else touches Trio's insides.
 
-The scheduler's source of randomness and its sorted batches make a run repeatable (pytest-trio and Hypothesis use
-the same two names); the queue of runnable tasks is where a paused program's tasks are taken out; the list of
-deadlines is replaced by one that knows whose clock a deadline is on.
+The scheduler's source of randomness and its sorted batches make a run repeatable (pytest-trio and
+Hypothesis use the same two names); the queue of runnable tasks is where a paused program's tasks are taken
+out; the list of deadlines is replaced by one that knows whose clock a deadline is on.
 """
 
+# ruff: noqa: SLF001 - that is what this module is for
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportAttributeAccessIssue=false, reportUnknownArgumentType=false
 

@@ -43,6 +43,7 @@ class SimulatedWatch(WatchStream):
             await self.receive()
 
     async def receive(self) -> WatchBatch:
+        """See `WatchStream`."""
         await trio.lowlevel.checkpoint()
         # Invariant: no checkpoint between taking a batch and returning it, so a cancellation loses nothing.
         while (batch := self._next()) is None:
