@@ -52,7 +52,7 @@ class Outcome:
     seconds: float
 
     def __str__(self) -> str:
-        waits = quantiles(self.waits, n=100) if len(self.waits) > 1 else [0.0] * 99
+        waits = quantiles(self.waits, n=100, method="inclusive") if len(self.waits) > 1 else [0.0] * 99
         return (
             f"{self.granted} acquisitions in {self.seconds:.0f} s, {self.hand_overs} hand-overs,"
             f" under fault {self.under_fault}; faults {self.faults} ({sum(self.faults.values())});"
