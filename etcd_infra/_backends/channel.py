@@ -24,7 +24,7 @@ class ChannelError(Exception):
     Attributes:
         code: The gRPC status code; OK for a stream that the server ended without complaint.
         details: The status text, as it came.
-        never_sent: The transport is certain that the server did not get the request.
+        never_sent: The server has certainly not handled the request, and never will.
     """
 
     def __init__(self, code: int, details: str, *, never_sent: bool = False) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -89,6 +91,7 @@ class Endpoints:
         self._endpoints = tuple(endpoints)
         self._connect = connect
         self._channels: dict[int, Channel] = {}
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<Endpoints {', '.join(map(str, self._endpoints))}>"
@@ -96,6 +99,8 @@ class Endpoints:
     def channel(self, endpoint: int) -> Channel:
         """Return the channel to an endpoint that the policy chose."""
         if endpoint not in self._channels:
+            if self._closed:
+                raise trio.ClosedResourceError("this connection to etcd was closed")
             self._channels[endpoint] = self._connect(self._endpoints[endpoint])
         return self._channels[endpoint]
 
@@ -104,6 +109,7 @@ class Endpoints:
         return str(self._endpoints[endpoint])
 
     async def aclose(self) -> None:
-        """Close every channel."""
+        """Close every channel; there will be no others."""
+        self._closed = True
         for channel in self._channels.values():
             await channel.aclose()

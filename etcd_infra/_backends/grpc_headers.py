@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HEADER_LIST_LIMIT: Final = 64 * 1024
 _MEMORY: Final = 256
 _REMEMBERED_BYTES: Final = 1024
-_MOST_TIMEOUT_DIGITS: Final = 8
+_LONGEST_TIMEOUT: Final = 99_999_999
 _HTTP_OK: Final = 200
 _HTTP_INFORMATIONAL: Final = range(100, 200)
 
@@ -110,11 +110,10 @@ class RequestHeaders:
 
 
 def timeout_text(seconds: float) -> str:
-    """Write a time limit as gRPC does: at most eight digits and a unit, never shorter than asked for."""
+    """Write a time limit as gRPC does: at most eight digits and a unit, and so three years at most."""
+    seconds = min(seconds, _LONGEST_TIMEOUT)
     milliseconds = max(1, ceil(seconds * 1000))
-    if len(str(milliseconds)) <= _MOST_TIMEOUT_DIGITS:
-        return f"{milliseconds}m"
-    return f"{min(ceil(seconds), 10**_MOST_TIMEOUT_DIGITS - 1)}S"
+    return f"{milliseconds}m" if milliseconds <= _LONGEST_TIMEOUT else f"{ceil(seconds)}S"
 
 
 class AnswerHeadersDecoder:

@@ -79,6 +79,8 @@ class Http2Channel(Channel):
         self._closed = True
         for connection in tuple(self._connections):
             await connection.aclose()
+        if self._dial is not None:
+            await self._dial.aclose()
 
     def _usable(self) -> Connection | None:
         if os.getpid() != self._pid:
@@ -91,22 +93,25 @@ class Http2Channel(Channel):
     async def _connect(self, deadline: float) -> Connection:
         dial = self._dial
         if dial is None or dial.is_stale(trio.current_time()):
-            dial = self._dial = _Dial()
+            dial = _Dial()
             self._background.start_soon(self._serve, dial)
+            self._dial = dial
         with trio.CancelScope(deadline=deadline):
             await dial.done.wait()
         connection = dial.connection
         if connection is None or not connection.accepts_calls:
-            fact = f"no connection to {self._endpoint}: {dial.fact}"
-            raise ChannelError(StatusCode.UNAVAILABLE, fact, never_sent=True)
+            fact = dial.fact if connection is None else connection.fact
+            details = f"no connection to {self._endpoint}: {fact}"
+            raise ChannelError(StatusCode.UNAVAILABLE, details, never_sent=True)
         return connection
 
     async def _serve(self, dial: _Dial) -> None:
         try:
-            ready_by = trio.current_time() + self._dial_timeout
-            transport = await self._open_transport(dial, ready_by)
-            if transport is not None:
-                await self._serve_connection(dial, transport, ready_by)
+            with dial.scope:
+                ready_by = trio.current_time() + self._dial_timeout
+                transport = await self._open_transport(dial, ready_by)
+                if transport is not None:
+                    await self._serve_connection(dial, transport, ready_by)
         finally:
             dial.finish()
 
@@ -114,7 +119,8 @@ class Http2Channel(Channel):
         with trio.CancelScope(deadline=ready_by):
             try:
                 return await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
+                # UnicodeError: no name of a host, as those who translate it see it.
                 dial.fact = _described(error)
                 return None
         dial.fact = f"nobody accepted within {self._dial_timeout:g} s"
@@ -138,6 +144,7 @@ class _Dial:
     """One attempt to connect, and those who wait for it."""
 
     def __init__(self) -> None:
+        self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.connection: Connection | None = None
         self.fact = "no answer yet"
@@ -149,6 +156,12 @@ class _Dial:
             self._done_at = trio.current_time()
             self.done.set()
 
+    async def aclose(self) -> None:
+        """Give the attempt up, and wait until those who wait for it know."""
+        self.scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self.done.wait()
+
     def is_stale(self, now: float) -> bool:
         """Whether it is time for another attempt."""
         if self.connection is not None:
@@ -156,7 +169,7 @@ class _Dial:
         return now >= self._done_at + _DIAL_PAUSE_SECONDS
 
 
-def _described(error: OSError) -> str:
+def _described(error: OSError | UnicodeError) -> str:
     # Trio tries each address of a name; if all fail, the reasons are behind its own error.
     cause: Any = error.__cause__
     reasons: tuple[object, ...] = getattr(cause, "exceptions", (cause or error,))

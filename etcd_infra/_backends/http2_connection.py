@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from etcd_infra._backends.http2_stream import Stream
 
 # etcd: its server refuses pings more often than every 5 s, and any on a connection without calls. Silence of
-# 10 s and no answer to a ping for 4 s find a dead connection within 15 s.
+# 10 s and no answer to a ping for 4 s find a dead connection within 15 s, and within 4 s if it was idle before.
 _SILENCE_SECONDS: Final = 10.0
 _PING_SECONDS: Final = 4.0
 _FAREWELL_SECONDS: Final = 0.1
@@ -65,11 +65,12 @@ class Connection:
 
     @property
     def fact(self) -> str:
-        """Why the connection ended."""
+        """Why the connection ended, or takes no more calls."""
         return self._protocol.reason
 
     async def unary(self, headers: bytes, request: bytes, deadline: float) -> bytes:
         """Send one message, wait for the one answer; see `Channel.unary`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         stream = self._protocol.call(headers, request)
         call = _UnaryCall(trio.lowlevel.current_task(), deadline)
         self._add(stream, call, deadline)
@@ -102,6 +103,7 @@ class Connection:
         """Forget a call."""
         self._calls.pop(stream, None)
         self._protocol.cancel(stream)
+        self._dispatch(self._protocol.take_events())
         self._wake_writer()
         self._leave_if_drained()
 
@@ -186,17 +188,22 @@ class Connection:
     def _next_check(self, now: float) -> float:
         if not self._protocol.is_ready:
             return self._ready_by
-        if not self._calls:
+        if self._pinged_at is not None:
+            # Also if nobody waits any more: the next call had better not find a dead connection.
+            silence_ends = self._pinged_at + _PING_SECONDS
+        elif self._calls:
+            silence_ends = self._heard_at + _SILENCE_SECONDS
+        else:
             return inf
-        silence_ends = (
-            self._heard_at + _SILENCE_SECONDS if self._pinged_at is None else self._pinged_at + _PING_SECONDS
-        )
         deadlines = (call.deadline for call in self._calls.values())
         # Race: bytes that came meanwhile have moved the moment; it is never in the past for long.
-        return max(now, min(silence_ends, *deadlines))
+        return max(now, min((silence_ends, *deadlines)))
 
     def _expire(self, now: float) -> None:
         for stream, call in [entry for entry in self._calls.items() if entry[1].deadline <= now]:
+            if stream.is_over:
+                # The end of a call before it was its end, too.
+                continue
             ending = StreamEnded(
                 stream, StatusCode.DEADLINE_EXCEEDED, "no answer in time", never_sent=not stream.is_complete
             )
@@ -216,8 +223,8 @@ class Connection:
 
     def _add(self, stream: Stream, call: _UnaryCall | ConnectionStream, deadline: float) -> None:
         if not self._calls:
-            # Silence while nobody waited for anything says nothing.
-            self._heard_at = trio.current_time()
+            # After a long silence this is now: be it that nobody asked, or that calls shorter than the silence
+            # were in vain one after the other, which must not keep a dead connection.
             deadline = min(deadline, self._heard_at + _SILENCE_SECONDS)
         self._calls[stream] = call
         if deadline < self._rest.deadline:  # noqa: PLR1730 - setting it costs more than looking

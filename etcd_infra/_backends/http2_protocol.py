@@ -74,7 +74,7 @@ class Http2Protocol:
         is_ready: The server's first SETTINGS have come.
         accepts_calls: Another call may be made on this connection.
         is_broken: Nothing more can be said or heard.
-        reason: Why it is broken.
+        reason: Why it is broken, or is being left.
     """
 
     def __init__(self, *, largest_stream_id: int = h2.LARGEST_STREAM_ID) -> None:
@@ -244,14 +244,17 @@ class Http2Protocol:
                 if handle := self._handlers.get(frame.kind):
                     handle(frame)
         except ConnectionFaultError as fault:
-            self._out.append(h2.goaway(fault.code, str(fault)))
             self._break(f"{fault.code.name}: {fault}")
-        events, self._events = self._events, []
-        return events
+            self._out.append(h2.goaway(fault.code, str(fault)))
+        return self.take_events()
 
     def close(self, reason: str) -> list[Event]:
         """End every call, because the connection is given up."""
         self._break(reason)
+        return self.take_events()
+
+    def take_events(self) -> list[Event]:
+        """Return what happened since the last time; `cancel` can be the end of other calls."""
         events, self._events = self._events, []
         return events
 
@@ -259,6 +262,8 @@ class Http2Protocol:
         self.reason = self.reason or reason
         self.is_broken = True
         self.accepts_calls = False
+        # Invariant: what is called never sent is never sent. The server may still read what it does not answer.
+        self._out.clear()
         for stream in (*self._streams.values(), *self._queued):
             self._end(stream, StatusCode.UNAVAILABLE, reason, never_sent=not stream.handed_over)
 
@@ -345,8 +350,10 @@ class Http2Protocol:
             code = h2.read_u32(frame.payload)
             status = _STATUS_OF_RESET.get(ErrorCode(code) if code in _CODES else ErrorCode.INTERNAL_ERROR)
             details = f"the server reset the stream: {h2.error_name(code)}"
-            # RFC 9113, 8.7: a refused stream was not processed at all.
-            never_sent = code == ErrorCode.REFUSED_STREAM or not stream.handed_over
+            # RFC 9113, 8.7: a refused stream was not processed at all, unless the server contradicts itself.
+            is_refused = code == ErrorCode.REFUSED_STREAM and not stream.is_answered
+            # What waits to be written will be: only a request that lacks its end can not be handled.
+            never_sent = is_refused or not (stream.is_complete or stream.handed_over)
             self._end(stream, status or StatusCode.INTERNAL, details, never_sent=never_sent)
 
     def _read_settings(self, frame: Frame) -> None:
@@ -403,6 +410,7 @@ class Http2Protocol:
         self.accepts_calls = False
         said = frame.payload[8:200].decode("ascii", "replace")
         details = f"the server goes away: {h2.error_name(h2.read_u32(frame.payload, 4))} {said}".rstrip()
+        self.reason = self.reason or details
         # RFC 9113, 6.8: streams above the last one were not processed, and never will be.
         for stream in [stream for number, stream in self._streams.items() if number > last]:
             self._end(stream, StatusCode.UNAVAILABLE, details, never_sent=True)

@@ -107,6 +107,9 @@ def parse_endpoints(endpoints: str | Sequence[str]) -> tuple[Endpoint, ...]:
     for text in texts:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"an endpoint must be a str, not {text!r}")
+        if "@" in text:
+            # Not shown: it holds a password, whose own commas and slashes would lead any parser astray.
+            raise ValueError("an endpoint must not carry a user name or password")
     # "a,,b" and "a," are slips of the pen that leave no doubt; nothing at all is a mistake.
     parts = [part.strip() for text in texts for part in text.split(",")]
     parsed = tuple(dict.fromkeys(_parse_endpoint(part) for part in parts if part))
@@ -117,11 +120,8 @@ def parse_endpoints(endpoints: str | Sequence[str]) -> tuple[Endpoint, ...]:
 
 def _parse_endpoint(text: str) -> Endpoint:
     url = urlsplit(text if "://" in text else f"http://{text}")
-    if url.username is not None or url.password is not None:
-        # Not shown: it holds a password.
-        raise ValueError("an endpoint must not carry a user name or password")
     if url.scheme == "https":
-        raise ValueError(f"transport 'grpcio' does not support https yet: {text!r}")
+        raise ValueError(f"https is not supported yet: {text!r}")
     if url.scheme != "http" or url.path not in {"", "/"} or url.query or url.fragment:
         raise ValueError(f"an endpoint must look like http://host:port: {text!r}")
     try:

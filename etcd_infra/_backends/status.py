@@ -1,9 +1,9 @@
 """
 The only place where failures of servers and transports become classes of `errors.py`.
 
-A failure comes in as three neutral facts: a status code, a text, and whether the request certainly never
-left. The verdict needs all of them: RESOURCE_EXHAUSTED alone has four meanings, and for a write everything
-that is not known to be a refusal may have been applied.
+A failure comes in as three neutral facts: a status code, a text, and whether the request was certainly
+never handled. The verdict needs all of them: RESOURCE_EXHAUSTED alone has four meanings, and for a write
+everything that is not known to be a refusal may have been applied.
 
 Source: etcd `api/v3rpc/rpctypes/error.go` (3.4 to 3.6, whose codes differ), `server/.../v3rpc/interceptor.go`.
 """
@@ -161,7 +161,7 @@ def write_error(
     Args:
         code: The gRPC status code; an unknown number is a failure that says nothing.
         details: The status text, as it came.
-        never_sent: Whether the transport is certain that no byte of the request left.
+        never_sent: Whether the server has certainly not handled the request, and never will.
         summary: What was asked, without values, for the message.
         keys: The keys that may have been written.
     """

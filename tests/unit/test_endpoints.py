@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,3 +123,5 @@ async def test_channels_are_made_on_demand_and_closed():
     await endpoints.aclose()
 
     assert (made, closed) == ([2], [2])
+    with pytest.raises(trio.ClosedResourceError):
+        endpoints.channel(0)

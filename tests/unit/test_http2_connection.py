@@ -165,7 +165,6 @@ async def test_call_that_waited_for_a_free_stream_was_not_sent(autojump_clock):
 async def test_silent_server_is_given_up(autojump_clock):
     """After 10 s of silence a ping is sent; 4 s later the connection is over, and calls are unknown."""
     async with connected() as (connection, server, nursery):
-        await trio.sleep(100)
 
         @nursery.start_soon
         async def _():
@@ -173,11 +172,114 @@ async def test_silent_server_is_given_up(autojump_clock):
                 await connection.unary(HEADERS, b"", trio.current_time() + 60)
 
         await server.hear(frames_of.PING)
-        assert pytest.approx(110) == trio.current_time()
+        assert pytest.approx(10) == trio.current_time()
         with pytest.raises(EOFError):
             await server.hear(frames_of.PING)
-        assert pytest.approx(114) == trio.current_time()
+        assert pytest.approx(14) == trio.current_time()
         assert not connection.accepts_calls
+
+
+async def test_first_call_after_a_long_time_asks_for_a_sign_of_life(autojump_clock):
+    """A call on a connection that was silent for 10 s is sent with a ping; the answer may serve for both."""
+    async with connected() as (connection, server, nursery):
+        await trio.sleep(100)
+        nursery.start_soon(connection.unary, HEADERS, b"", 160)
+        await server.hear(frames_of.PING)
+        assert pytest.approx(100) == trio.current_time()
+        await trio.sleep(3)
+        await server.say(headers(1, *FIRST))
+        with trio.move_on_after(9) as scope:
+            await server.hear(frames_of.PING)
+        assert scope.cancelled_caught
+        await server.say(data(1, message(b"")), headers(1, *OK, ends=True))
+
+
+async def test_short_calls_do_not_keep_a_dead_connection(autojump_clock):
+    """Calls that time out one after the other find a dead connection, though each is shorter than the silence."""
+    async with connected() as (connection, _, _):
+        while connection.accepts_calls:
+            with pytest.raises(ChannelError):
+                await connection.unary(HEADERS, b"", trio.current_time() + 3)
+            assert trio.current_time() < 15
+        assert pytest.approx(14) == trio.current_time()
+
+
+async def test_ping_is_waited_for_after_the_last_call(autojump_clock):
+    """An unanswered ping ends the connection even if nobody waits for anything any more."""
+    async with connected() as (connection, _, _):
+        with failing(StatusCode.DEADLINE_EXCEEDED):
+            await connection.unary(HEADERS, b"", 11)
+        await trio.sleep(3.5)
+        assert not connection.accepts_calls
+
+
+async def test_call_that_is_cancelled_before_it_begins_sends_nothing(autojump_clock):
+    """A call in a scope that is cancelled already leaves no trace on the wire."""
+    async with connected() as (connection, server, _):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await connection.unary(HEADERS, b"", 5.0)
+        with trio.move_on_after(1):
+            await server.hear(frames_of.HEADERS)
+            raise AssertionError
+
+
+async def test_cancellation_can_end_other_calls(autojump_clock):
+    """A call that gets the last stream number because another one was cancelled sends those behind it away."""
+    async with connected() as (connection, server, nursery):
+        connection._protocol._largest_stream_id = 3
+        await server.say(frames_of.settings({frames_of.MAX_CONCURRENT_STREAMS: 1}))
+        await trio.testing.wait_all_tasks_blocked()
+        first = connection.open(HEADERS)
+        connection.open(HEADERS)
+
+        @nursery.start_soon
+        async def _():
+            with failing(StatusCode.UNAVAILABLE, "no more numbers", never_sent=True):
+                await connection.unary(HEADERS, b"", 60)
+            assert pytest.approx(1) == trio.current_time()
+
+        await trio.sleep(1)
+        first.cancel()
+        await trio.sleep(2)
+
+
+async def test_calls_that_expire_together_end_once_each(autojump_clock):
+    """A call that is sent away by the end of another one is not ended again by its own deadline."""
+    async with connected() as (connection, server, nursery):
+        connection._protocol._largest_stream_id = 3
+        await server.say(frames_of.settings({frames_of.MAX_CONCURRENT_STREAMS: 1}))
+        await trio.testing.wait_all_tasks_blocked()
+        ends = []
+
+        async def ask():
+            with pytest.raises(ChannelError) as caught:
+                await connection.unary(HEADERS, b"", 3.0)
+            ends.append((caught.value.code, caught.value.never_sent))
+
+        for _ in range(3):
+            nursery.start_soon(ask)
+        await trio.sleep(4)
+        expired = StatusCode.DEADLINE_EXCEEDED
+        assert [(expired, False), (expired, False), (StatusCode.UNAVAILABLE, True)] == sorted(ends)
+
+
+async def test_server_that_stops_reading_does_not_get_what_was_given_up(autojump_clock):
+    """When the server closes its side, a request that was not written yet stays unwritten."""
+    async with connected() as (connection, server, nursery):
+
+        @nursery.start_soon
+        async def _():
+            with failing(StatusCode.UNAVAILABLE, "closed", never_sent=True):
+                await connection.unary(HEADERS, bytes(70_000), 5.0)
+
+        await server.hear(frames_of.HEADERS)
+        await server.stream.send_eof()
+        heard = 0
+        with pytest.raises(EOFError):
+            while True:
+                heard += len((await server.hear(frames_of.DATA))[1])
+        assert 65_535 == heard
 
 
 async def test_server_that_answers_pings_is_kept(autojump_clock):

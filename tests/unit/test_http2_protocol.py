@@ -186,6 +186,15 @@ def test_refused_stream_was_never_handled():
     assert (14, True) == ending(protocol.receive(h2.rst_stream(1, ErrorCode.REFUSED_STREAM)))[::2]
 
 
+def test_refusal_after_an_answer_is_unknown():
+    """REFUSED_STREAM from a server that has begun to answer proves nothing."""
+    protocol = greeted()
+    protocol.call(HEADERS, b"")
+    protocol.take()
+    said = headers(1, *FIRST) + h2.rst_stream(1, ErrorCode.REFUSED_STREAM)
+    assert (14, False) == ending(protocol.receive(said))[::2]
+
+
 # ── how connections end ─────────────────────────────────────────────────────────────────────────
 
 
@@ -201,6 +210,33 @@ def test_end_of_connection_tells_what_was_sent():
     assert {StatusCode.UNAVAILABLE} == {event.code for event in events}
     assert (True, False, 0) == (protocol.is_broken, protocol.accepts_calls, protocol.open_calls)
     assert [] == protocol.receive(answer(1, b"x"))
+
+
+@pytest.mark.parametrize("said", [b"", h2.ping(b"short")])
+def test_request_that_was_not_sent_never_is(said):
+    """A call that ends as never sent leaves no byte to be written after that, even if the server still reads."""
+    protocol = greeted()
+    protocol.call(HEADERS, b"ask")
+    assert (14, True) == ending(protocol.receive(said))[::2]
+    assert [h2.GOAWAY] * bool(said) == kinds(protocol.take())
+
+
+def test_reset_of_a_request_on_its_way_is_unknown():
+    """A reset does not call back the end of a request that is among what is to be written."""
+    protocol = greeted()
+    protocol.call(HEADERS, b"ask")
+    assert (13, False) == ending(protocol.receive(h2.rst_stream(1, ErrorCode.INTERNAL_ERROR)))[::2]
+    assert [h2.HEADERS, h2.DATA] == kinds(protocol.take())
+    protocol.call(HEADERS, bytes(100_000))
+    assert (13, True) == ending(protocol.receive(h2.rst_stream(3, ErrorCode.INTERNAL_ERROR)))[::2]
+
+
+def test_stream_that_was_opened_was_sent():
+    """A stream that stays open counts as sent once its headers were taken."""
+    protocol = greeted()
+    protocol.open(HEADERS)
+    protocol.take()
+    assert (13, False) == ending(protocol.receive(h2.rst_stream(1, ErrorCode.INTERNAL_ERROR)))[::2]
 
 
 def test_request_that_was_written_in_part_was_not_sent():
@@ -470,6 +506,16 @@ def test_numbers_of_streams_run_out():
     protocol.call(HEADERS, b"")
     assert not protocol.accepts_calls
     assert 2 == protocol.open_calls
+
+
+def test_last_number_taken_by_a_queued_call_ends_those_behind_it():
+    """When a cancellation lets a call in that takes the last number, the others in line end at once, not sent."""
+    protocol = greeted(largest_stream_id=3)
+    protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 1}))
+    first, second, third = (protocol.call(HEADERS, b"") for _ in range(3))
+    protocol.cancel(first)
+    assert 3 == second.id
+    assert [(third, 14, True)] == [(e.stream, e.code, e.never_sent) for e in protocol.take_events()]
 
 
 def test_ping_is_answered():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import trio
 
 from etcd_infra._backends.endpoints import Endpoint
 from etcd_infra._backends.opening import open_etcd, parse_endpoints
@@ -95,10 +96,11 @@ def test_bad_options_are_refused(options, shown):
     assert "secret" not in str(caught.value)
 
 
-def test_password_in_an_endpoint_is_refused_and_not_shown():
-    """A URL with a password is refused without a trace of the password."""
+@pytest.mark.parametrize("password", ["secret", "secret/", "sec,secret", "#secret", "[secret", "secret?"])
+def test_password_in_an_endpoint_is_refused_and_not_shown(password):
+    """A URL with a password is refused without a trace of the password, whatever it consists of."""
     with pytest.raises(ValueError, match="user name") as caught:
-        open_etcd("http://root:secret@a:1")
+        open_etcd(f"http://root:{password}@a:1")
 
     assert "secret" not in str(caught.value)
 
@@ -114,6 +116,14 @@ async def test_exception_of_the_body_leaves_bare():
     with pytest.raises(ZeroDivisionError):
         async with open_etcd(GOOD):
             raise ZeroDivisionError
+
+
+async def test_backend_that_was_left_is_closed():
+    """After its block a backend says that it is closed, even if it was never used before."""
+    async with open_etcd(GOOD) as backend:
+        pass
+    with pytest.raises(trio.ClosedResourceError):
+        await backend.get(b"k")
 
 
 def test_imports_are_put_off():
