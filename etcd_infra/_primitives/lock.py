@@ -49,6 +49,7 @@ from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
 from etcd_infra._session.granting import grant
 from etcd_infra._session.own_lease import OwnLease
 from etcd_infra._session.ttl import check_ttl
+from etcd_infra.errors import LockLostError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -129,7 +130,7 @@ class Lock:
         Raises:
             RuntimeError: this task holds it, or waits for it, already.
             SessionLostError: the session was lost meanwhile; the place in line goes with it.
-            LockLostError: somebody deleted the place in line.
+            LockLostError: somebody deleted the place in line, or the lock's own lease ended.
             StorageFullError, AccessDeniedError: etcd refuses.
 
         Cancellation:
@@ -211,10 +212,8 @@ class Lock:
                 if own:
                     await own.end(until=session.clean_up_deadline())
                 return None
-            if own and self._renewal is Renewal.MANUAL:
-                own.stop()
-                if place.waited:
-                    await own.lease.renew()
+            if own:
+                await self._settle(place, own)
         except BaseException:
             until = session.clean_up_deadline()
             await place.leave(until=until)
@@ -222,6 +221,16 @@ class Lock:
                 await own.end(until=until)
             raise
         return self._granted(session, place, own)
+
+    async def _settle(self, place: Place, own: OwnLease) -> None:
+        """Leave the lock's own lease as the hold needs it; it must have outlived the wait."""
+        if self._renewal is Renewal.MANUAL:
+            own.stop()
+            if place.waited:
+                await own.lease.renew()
+        if own.lease.is_lost():
+            msg = f"{self.name!r}: its own lease ended while it was being acquired: {own.lease.error}"
+            raise LockLostError(msg)
 
     async def _come_first(self, session: Session, place: Place, *, wait: bool) -> bool:
         mine = await (place.join() if wait else place.try_join())

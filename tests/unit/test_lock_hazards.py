@@ -9,6 +9,7 @@ from etcd_infra import (
     AccessDeniedError,
     LockLostError,
     OutcomeUnknownError,
+    Renewal,
     SessionLostError,
     StorageFullError,
     open_coordinator,
@@ -241,6 +242,27 @@ async def test_own_lease_taken_after_an_outage_has_its_full_time(etcd, autojump_
         assert trio.current_time() - began > 5
         assert 4.5 == pytest.approx(hold.remaining(), abs=0.1)
         await hold.release()
+
+
+@pytest.mark.parametrize("renewal", Renewal)
+async def test_own_lease_that_ends_before_the_join_is_answered_grants_nothing(renewal, etcd, autojump_clock):
+    """A join whose answer comes after the lock's own lease is lost raises, and leaves nothing."""
+    joins = FaultyBackend(etcd.node("one"))
+    renewals = FaultyBackend(joins)
+    joins.only = lambda verb, request: verb == "txn" and any(isinstance(op, Put) for op in request.success)
+    renewals.only = lambda verb, _: verb == "lease_keep_alive"
+    async with open_infra(renewals, ttl=60) as infra:
+        await infra.backend.put(b"warm", b"up")
+        for _ in range(100):
+            renewals.lose_next_request()
+        joins.delay_next_answer(4)
+        with pytest.raises(LockLostError, match="its own lease ended while it was being acquired"):
+            await infra.lock("job", ttl=3, renewal=renewal).acquire()
+        assert infra.lock("job").status is None
+        assert [] == [kv for kv in etcd.store.snapshot().kvs if b"lock/" in kv.key]
+        renewals.forget_faults()
+        async with infra.lock("job"):
+            pass
 
 
 async def test_nested_locks_are_cleaned_up_together(etcd, autojump_clock):
