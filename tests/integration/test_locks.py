@@ -161,7 +161,7 @@ async def test_frozen_process_can_not_write():
     assert "1 stale write(s) refused by etcd" in text
 
 
-@pytest.mark.parametrize("runs", [3, pytest.param(24, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+@pytest.mark.parametrize("runs", [3, pytest.param(12, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
 async def test_late_copies_through_a_paused_member_never_come_back(runs):
     """
     A join is sent through a member that is paused, and given up; the member wakes up and forwards it.
