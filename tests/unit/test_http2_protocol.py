@@ -135,10 +135,18 @@ def test_cancelled_call_is_reset_and_its_answer_is_ignored():
             13,
             "within a message",
         ),
+        (
+            headers(1, *FIRST)
+            + data(1, message(b"xyz")[:-1])
+            + headers(1, ("grpc-status", "14"), ("grpc-message", "gone"), ends=True),
+            14,
+            "gone",
+        ),
         (headers(1, *FIRST) + data(1, b"\1\0\0\0\0"), 13, "compression flag 1"),
         (headers(1, *FIRST, ("grpc-encoding", "gzip")), 13, "gzip"),
         (headers(1, (":status", "200"), ("content-type", "text/html")), 2, "text/html"),
         (headers(1, (":status", "503"), ends=True), 14, "HTTP status 503"),
+        (headers(1, (":status", "503"), *OK, ends=True), 14, "HTTP status 503"),
         (headers(1, (":status", "429")), 14, "429"),
         (headers(1, (":status", "404")), 12, "404"),
         (headers(1, (":status", "401")), 16, "401"),
@@ -278,10 +286,15 @@ FAULTS = {
     "dynamic table": (h2.frame(h2.HEADERS, h2.END_HEADERS, 1, b"\xbe"), ErrorCode.COMPRESSION_ERROR),
     "push": (h2.frame(h2.PUSH_PROMISE, h2.END_HEADERS, 1, b"\0\0\0\2\x83"), ErrorCode.PROTOCOL_ERROR),
     "padding beyond the frame": (h2.frame(h2.DATA, h2.PADDED, 1, b"\x05abc"), ErrorCode.PROTOCOL_ERROR),
+    "padding instead of content": (h2.frame(h2.DATA, h2.PADDED, 1, b"\x04abc"), ErrorCode.PROTOCOL_ERROR),
     "empty padded": (h2.frame(h2.HEADERS, h2.PADDED, 1, b""), ErrorCode.PROTOCOL_ERROR),
     "short priority": (h2.frame(h2.HEADERS, h2.HAS_PRIORITY, 1, b"\0\0"), ErrorCode.FRAME_SIZE_ERROR),
     "continuation of nothing": (h2.frame(h2.CONTINUATION, 0, 1, b""), ErrorCode.PROTOCOL_ERROR),
     "interrupted headers": (h2.frame(h2.HEADERS, 0, 1, b"") + h2.ping(bytes(8)), ErrorCode.PROTOCOL_ERROR),
+    "headers interrupted by their own stream": (
+        h2.frame(h2.HEADERS, 0, 1, b"") + h2.frame(h2.DATA, h2.END_HEADERS, 1, block(*FIRST)),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "other's continuation": (
         h2.frame(h2.HEADERS, 0, 1, b"") + h2.frame(h2.CONTINUATION, 4, 3, b""),
         ErrorCode.PROTOCOL_ERROR,
@@ -291,7 +304,7 @@ FAULTS = {
         ErrorCode.ENHANCE_YOUR_CALM,
     ),
     "headers without end": (
-        h2.frame(h2.HEADERS, 0, 1, b"") + h2.frame(h2.CONTINUATION, 0, 1, bytes(16_384)) * 2_500,
+        h2.frame(h2.HEADERS, 0, 1, b"") + h2.frame(h2.CONTINUATION, 0, 1, bytes(16_384)) * 10,
         ErrorCode.ENHANCE_YOUR_CALM,
     ),
     "header list": (
@@ -409,6 +422,49 @@ def test_smaller_initial_window_counts_for_open_streams():
     assert [h2.DATA] == kinds(protocol.take())
 
 
+def test_settings_that_allow_more_let_calls_go_on():
+    """Calls that wait for a stream or for room go on as soon as settings allow it, line and window alike."""
+    protocol = greeted()
+    protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 0, h2.INITIAL_WINDOW_SIZE: 0}))
+    call = protocol.call(HEADERS, b"ask")
+    protocol.receive(h2.settings({h2.INITIAL_WINDOW_SIZE: 5}))
+    assert [h2.SETTINGS, h2.SETTINGS] == kinds(protocol.take())
+    protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 1}))
+    assert [h2.SETTINGS, h2.HEADERS, h2.DATA] == kinds(protocol.take())
+    assert not call.is_complete
+    protocol.receive(h2.settings({h2.INITIAL_WINDOW_SIZE: 8}))
+    assert [h2.SETTINGS, h2.DATA] == kinds(protocol.take())
+    assert call.is_complete
+
+
+def test_cancelled_call_sends_no_more():
+    """A call that waits for the connection's window when it is cancelled is not continued."""
+    protocol = greeted()
+    protocol.receive(h2.settings({h2.INITIAL_WINDOW_SIZE: 200_000}))
+    stream = protocol.call(HEADERS, bytes(100_000))
+    protocol.cancel(stream)
+    assert h2.RST_STREAM == kinds(protocol.take())[-1]
+    protocol.receive(h2.window_update(0, 100_000))
+    assert not protocol.has_output
+
+
+def test_data_that_nobody_wants_frees_the_connection():
+    """Data of a cancelled call, padding included, is credited to the connection to the byte."""
+    protocol = greeted()
+    protocol.cancel(protocol.open(HEADERS))
+    protocol.take()
+    window = CONNECTION_WINDOW
+    said = h2.frame(h2.DATA, h2.PADDED, 1, b"\xff" + bytes(15_000)) * 100
+    for _ in range(60):
+        window -= 15_001 * 100
+        assert window >= 0
+        protocol.receive(said)
+        window += sum(int.from_bytes(payload, "big") for *_, payload in frames(protocol.take()))
+        assert window <= CONNECTION_WINDOW
+    assert window == protocol._receive_window
+    assert not protocol.is_broken
+
+
 def test_bigger_frames_are_used_when_allowed():
     """The server's largest frame is what we send."""
     protocol = greeted()
@@ -459,6 +515,24 @@ def test_unread_messages_hold_up_their_stream_only():
         protocol.consumed(stream, bytes(len(chunk) - 5))
     granted[1] = sum(int.from_bytes(i, "big") for _, _, number, i in frames(protocol.take()) if number == 1)
     assert STREAM_WINDOW == granted[1]
+
+
+def test_small_messages_that_nobody_takes_are_held():
+    """Messages of one frame each are credited when they are taken, and not after the end of their stream."""
+    protocol = greeted()
+    stream = protocol.open(HEADERS)
+    protocol.take()
+    protocol.receive(headers(1, *FIRST))
+    for _ in range(200):
+        protocol.receive(data(1, message(bytes(16_000))))
+    assert not protocol.has_output
+    for _ in range(150):
+        protocol.consumed(stream, bytes(16_000))
+    assert [h2.WINDOW_UPDATE] == kinds(protocol.take())
+    protocol.receive(data(1, message(bytes(16_000))) * 100 + h2.rst_stream(1, 8))
+    for _ in range(150):
+        protocol.consumed(stream, bytes(16_000))
+    assert not protocol.has_output
 
 
 def test_more_than_the_window_is_the_servers_fault():
@@ -518,11 +592,36 @@ def test_last_number_taken_by_a_queued_call_ends_those_behind_it():
     assert [(third, 14, True)] == [(e.stream, e.code, e.never_sent) for e in protocol.take_events()]
 
 
+def test_stream_in_line_keeps_its_messages():
+    """What is sent on a stream that waits for its number leaves after its headers, in order."""
+    protocol = greeted()
+    protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 0}))
+    protocol.take()
+    stream = protocol.open(HEADERS)
+    protocol.send(stream, b"one")
+    protocol.send(stream, b"two")
+    assert not protocol.has_output
+    protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 1}))
+    assert [
+        (h2.HEADERS, h2.END_HEADERS, 1, HEADERS),
+        (h2.DATA, 0, 1, message(b"one")),
+        (h2.DATA, 0, 1, message(b"two")),
+    ] == frames(protocol.take())[1:]
+
+
 def test_ping_is_answered():
     """A PING is sent back; the answer to ours is not."""
     protocol = greeted()
     assert [] == protocol.receive(h2.ping(b"12345678") + h2.ping(b"etcd-inf", ack=True))
     assert [(h2.PING, h2.ACK, 0, b"12345678")] == frames(protocol.take())
+
+
+def test_questions_that_are_answered_are_no_flood():
+    """A server may ask as often as it likes if it reads the answers."""
+    protocol = greeted()
+    for _ in range(3):
+        protocol.receive(h2.ping(bytes(8)) * 6_000)
+        assert 6_000 == len(frames(protocol.take()))
 
 
 def test_oddities_are_understood():
