@@ -174,7 +174,12 @@ class RpcBackend(Backend):
         except ChannelError as error:
             summary, keys = _described(subject)
             raise write_error(
-                error.code, error.details, never_sent=error.never_sent, summary=summary, keys=keys
+                error.code,
+                error.details,
+                never_sent=error.never_sent,
+                sent_bytes=len(request),
+                summary=summary,
+                keys=keys,
             ) from error
         except InvalidAnswerError as error:
             # Whatever the answer was meant to say, the request may well have been applied.

@@ -95,14 +95,14 @@ REFUSALS: Final[Mapping[tuple[StatusCode, str], type[EtcdError]]] = {
     (StatusCode.RESOURCE_EXHAUSTED, "too many requests"): UnavailableError,
 }
 
-# A server that never looked at the request; grpc-go's words, without etcd's prefix. The same size limit
-# on *our* side ("CLIENT: Received message larger than max") concerns an answer: the request was applied.
+# A server that never looked at the request; grpc-go's words, without etcd's prefix.
 _TRANSPORT_REFUSALS: Final = (
-    (StatusCode.RESOURCE_EXHAUSTED, "grpc: received message larger than max ("),
-    (StatusCode.RESOURCE_EXHAUSTED, "grpc: received message after decompression larger than max"),
     (StatusCode.UNIMPLEMENTED, "unknown method "),
     (StatusCode.UNIMPLEMENTED, "unknown service "),
 )
+# The same words come from a proxy that finds the *answer* too large, when the request was applied (and from our
+# own side, as "CLIENT: Received message larger than max"): the first number tells whose size it is.
+_TOO_LARGE: Final = re.compile(r"grpc: received message larger than max \((\d+) vs\. \d+\)")
 
 # For a read, where nothing can have been applied, these codes say "do not send that again".
 _REFUSED_READ: Final[Mapping[int, type[EtcdError]]] = {
@@ -130,8 +130,11 @@ _WATCH_REASONS: Final[Mapping[str, type[EtcdError]]] = {
 }
 
 
-def refusal(code: int, details: str) -> EtcdError | None:
+def refusal(code: int, details: str, *, sent_bytes: int | None = None) -> EtcdError | None:
     """Say what a server refused, or None if the answer does not prove that nothing was applied."""
+    too_large = _TOO_LARGE.fullmatch(details) if code == StatusCode.RESOURCE_EXHAUSTED else None
+    if too_large and sent_bytes in {None, int(too_large[1])}:
+        return InvalidRequestError(details)
     for refused, beginning in _TRANSPORT_REFUSALS:
         if code == refused and details.startswith(beginning):
             return InvalidRequestError(details)
@@ -147,11 +150,12 @@ def read_error(code: int, details: str) -> EtcdError:
     return refusal(code, details) or verdict(_described(code, details))
 
 
-def write_error(
+def write_error(  # noqa: PLR0913 - the facts, all but two of them named
     code: int,
     details: str,
     *,
     never_sent: bool,
+    sent_bytes: int,
     summary: str,
     keys: tuple[bytes, ...] = (),
 ) -> EtcdError:
@@ -162,12 +166,14 @@ def write_error(
         code: The gRPC status code; an unknown number is a failure that says nothing.
         details: The status text, as it came.
         never_sent: Whether the server has certainly not handled the request, and never will.
+        sent_bytes: The request's size.
         summary: What was asked, without values, for the message.
         keys: The keys that may have been written.
     """
     if never_sent:
         return UnavailableError(_described(code, details))
-    return refusal(code, details) or OutcomeUnknownError(f"{summary} ({_described(code, details)})", keys)
+    refused = refusal(code, details, sent_bytes=sent_bytes)
+    return refused or OutcomeUnknownError(f"{summary} ({_described(code, details)})", keys)
 
 
 def watch_error(reason: str) -> EtcdError:

@@ -360,6 +360,19 @@ async def test_draining_connection_ends_after_its_last_call(autojump_clock):
         assert [b"x"] == found
 
 
+async def test_draining_connection_ends_when_its_last_call_is_cancelled(autojump_clock):
+    """A connection that takes no more calls is closed when the last one is given up, too."""
+    async with connected() as (connection, server, _):
+        stream = connection.open(HEADERS)
+        await server.hear(frames_of.HEADERS)
+        await server.say(frames_of.frame(frames_of.GOAWAY, 0, 0, (1).to_bytes(4, "big") + bytes(4)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not connection.accepts_calls
+        stream.cancel()
+        with trio.fail_after(1), pytest.raises(EOFError):
+            await server.hear(frames_of.PING)
+
+
 async def test_server_is_told_what_it_did_wrong(autojump_clock):
     """A fault of the server is answered by GOAWAY before the connection is closed."""
     async with connected() as (connection, server, _):

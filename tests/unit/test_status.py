@@ -91,16 +91,26 @@ TEXTS = [
 @pytest.mark.parametrize(("code", "text", "expected"), TEXTS)
 def test_failed_write_is_judged_by_code_and_text(code, text, expected):
     """A write is certainly not applied only if a known refusal says so; all else is unknown."""
-    error = write_error(code, text, never_sent=False, summary="a Txn", keys=(b"k",))
+    error = write_error(code, text, never_sent=False, sent_bytes=3_000_000, summary="a Txn", keys=(b"k",))
 
     assert expected is type(error)
     assert text in str(error)
 
 
+def test_size_that_is_not_the_requests_proves_nothing():
+    """A proxy that finds the answer too large uses grpc-go's words, too: the write was applied."""
+    text = "grpc: received message larger than max (6291585 vs. 4194304)"
+    error = write_error(
+        S.RESOURCE_EXHAUSTED, text, never_sent=False, sent_bytes=60, summary="a Txn", keys=(b"k",)
+    )
+
+    assert errors.OutcomeUnknownError is type(error)
+
+
 @pytest.mark.parametrize(("code", "text", "_expected"), TEXTS)
 def test_request_that_never_left_is_unavailable(code, text, _expected):
     """Whatever the code says, a request that was never sent was not applied."""
-    error = write_error(code, text, never_sent=True, summary="a Txn", keys=(b"k",))
+    error = write_error(code, text, never_sent=True, sent_bytes=3_000_000, summary="a Txn", keys=(b"k",))
 
     assert errors.UnavailableError is type(error)
 
@@ -120,7 +130,14 @@ def test_failed_read_is_never_unknown(code, text, expected):
 
 def test_unknown_outcome_names_the_keys():
     """An unknown outcome says what was asked, of which keys, and how it ended."""
-    error = write_error(S.UNAVAILABLE, "Socket closed", never_sent=False, summary="a Txn", keys=(b"a", b"b"))
+    error = write_error(
+        S.UNAVAILABLE,
+        "Socket closed",
+        never_sent=False,
+        sent_bytes=3_000_000,
+        summary="a Txn",
+        keys=(b"a", b"b"),
+    )
 
     assert isinstance(error, errors.OutcomeUnknownError)
     assert error.keys == (b"a", b"b")
