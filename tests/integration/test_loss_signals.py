@@ -42,7 +42,7 @@ def figures(what, seconds, *, bound, once_in_a_while=0.0):
         f"\n{what}: {middle:.3f} s (median), {ordered[-1]:.3f} s (longest of {len(ordered)}), bound {bound} s"
     )
     assert ordered[-1] <= (once_in_a_while or bound)
-    assert (0.0 if len(ordered) == 1 and once_in_a_while else middle) <= bound
+    assert middle <= bound
 
 
 @asynccontextmanager
@@ -108,8 +108,9 @@ async def test_operators_intervention_is_told_within_a_second(way, many):
     figures(f"an operator's way to {way}, from the DELETE to the cancellation", delays, bound=1.0)
 
 
-@few_or_many
-async def test_holder_that_is_cut_off_is_told_before_its_key_goes(many):
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_holder_that_is_cut_off_is_told_before_its_key_goes():
     """Behind a black hole to every member the body is cancelled before the server can expire its key."""
     ahead = []
     async with EtcdCluster(3, binary=program()) as cluster, deletions(cluster.members[1].endpoint) as seen:
@@ -133,7 +134,7 @@ async def test_holder_that_is_cut_off_is_told_before_its_key_goes(many):
 
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
-                for number in range(8 if many else 3):
+                for number in range(8):
                     nursery.start_soon(one, number)
                     await trio.sleep(0.3)
     print(
@@ -142,15 +143,16 @@ async def test_holder_that_is_cut_off_is_told_before_its_key_goes(many):
     assert 0 < min(ahead)
 
 
-@few_or_many
-async def test_leader_that_pauses_costs_no_session_with_a_long_ttl(many):
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_leader_that_pauses_costs_no_session_with_a_long_ttl():
     """
     While the leader stands still for three to eight seconds, renewals go through another member: nothing is lost.
 
     What happens once it goes on is the server's affair; if the key goes then, that is told within a second.
     """
     lost, delays = 0, []
-    pauses = (3, 8) if many else (3,)
+    pauses = (3, 8)
     async with EtcdCluster(3, binary=program(), election_timeout=1.0) as cluster:
         async with deletions(cluster.members[0].endpoint) as seen:
             for run, pause in enumerate(pauses):
@@ -187,6 +189,7 @@ async def test_leader_that_pauses_costs_no_session_with_a_long_ttl(many):
         )
 
 
+@pytest.mark.slow
 async def test_majority_that_stands_still_costs_the_lock_in_time_and_gives_it_back():
     """
     Without a quorum the holder is told before its TTL is over; with one again, the lock can be taken soon.
@@ -247,13 +250,14 @@ async def holders(directory, endpoints, count, ttl):
             one.process.reap()
 
 
-@few_or_many
-async def test_lock_of_a_killed_process_is_handed_over_within_its_ttl(tmp_path, many):
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_lock_of_a_killed_process_is_handed_over_within_its_ttl(tmp_path):
     """On a healthy cluster the next in line has the lock at most TTL + 1.5 s after the holder's kill -9."""
     delays = []
     async with EtcdCluster(3, binary=program()) as cluster:
         async with open_coordinator(cluster.endpoints, namespace=NAMESPACE) as infra:
-            for _ in range(3 if many else 1):
+            for _ in range(3):
                 async with holders(tmp_path, cluster.endpoints, 4, ttl=3) as crew:
                     killed_at = {}
 
@@ -301,9 +305,10 @@ async def test_frozen_process_is_told_when_it_wakes_and_can_not_write(tmp_path, 
     figures("frozen beyond a TTL of 2 s, from waking to being told", delays, bound=0.5)
 
 
-@few_or_many
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("loss", ["kill", "pause"])
-async def test_first_success_after_the_leader_is_gone(loss, many):
+async def test_first_success_after_the_leader_is_gone(loss):
     """
     When the leader is killed a write succeeds within three seconds, at etcd's own timing, if one election is enough.
 
@@ -314,7 +319,7 @@ async def test_first_success_after_the_leader_is_gone(loss, many):
     delays = []
     async with EtcdCluster(3, binary=program(), election_timeout=1.0) as cluster:
         async with open_etcd(cluster.endpoints, call_timeout=1.0, dial_timeout=1.0) as backend:
-            for _ in range(4 if many else 1):
+            for _ in range(4):
                 await backend.put(b"k", b"before")
                 leader = await cluster.leader()
                 if loss == "kill":
