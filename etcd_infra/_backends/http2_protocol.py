@@ -13,7 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from etcd_infra._backends import http2_frames as h2
-from etcd_infra._backends.grpc_headers import AnswerHeaders, AnswerHeadersDecoder, BadHeadersError
+from etcd_infra._backends.grpc_headers import (
+    HEADER_LIST_LIMIT,
+    AnswerHeaders,
+    AnswerHeadersDecoder,
+    BadHeadersError,
+)
 from etcd_infra._backends.http2_frames import ErrorCode
 from etcd_infra._backends.http2_reader import ConnectionFaultError, Frame, FrameReader, unpadded
 from etcd_infra._backends.http2_stream import MESSAGE_HEAD_BYTES, STREAM_WINDOW, BadMessageError, Stream
@@ -25,6 +30,14 @@ if TYPE_CHECKING:
 CONNECTION_WINDOW: Final = 32 * 1024 * 1024
 # Answers that the peer asks for and does not read.
 _REPLIES_LIMIT: Final = 10_000
+
+_SETTINGS: Final = {
+    h2.HEADER_TABLE_SIZE: 0,
+    h2.ENABLE_PUSH: 0,
+    h2.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+    h2.MAX_HEADER_LIST_SIZE: HEADER_LIST_LIMIT,
+}
+_WIDER_CONNECTION: Final = h2.window_update(0, CONNECTION_WINDOW - h2.DEFAULT_WINDOW)
 
 _STATUS_OF_RESET: Final = {
     ErrorCode.REFUSED_STREAM: StatusCode.UNAVAILABLE,
@@ -88,7 +101,7 @@ class Http2Protocol:
         self._queued: dict[Stream, None] = {}
         self._sending: dict[Stream, None] = {}
         self._completed: list[Stream] = []
-        self._out: list[bytes] = []
+        self._out = [h2.PREFACE, h2.settings(_SETTINGS), _WIDER_CONNECTION]
         self._replies = 0
         self._reader = FrameReader()
         self._events: list[Event] = []
@@ -108,17 +121,6 @@ class Http2Protocol:
         self._max_frame = h2.SMALLEST_MAX_FRAME
         self._max_streams = h2.LARGEST_STREAM_ID
         self._receive_window = CONNECTION_WINDOW
-        greeting = {
-            h2.HEADER_TABLE_SIZE: 0,
-            h2.ENABLE_PUSH: 0,
-            h2.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-            h2.MAX_HEADER_LIST_SIZE: 64 * 1024,
-        }
-        self._out += [
-            h2.PREFACE,
-            h2.settings(greeting),
-            h2.window_update(0, CONNECTION_WINDOW - h2.DEFAULT_WINDOW),
-        ]
 
     # ── what we say ─────────────────────────────────────────────────────────────────────────────
 
@@ -330,7 +332,7 @@ class Http2Protocol:
         elif not headers.informational:
             stream.is_answered = True
             if headers.refusal is not None:
-                self._cancel_with(stream, *headers.refusal)
+                self._abort(stream, ErrorCode.CANCEL, headers.refusal.details, code=headers.refusal.code)
 
     def _read_trailers(self, stream: Stream, headers: AnswerHeaders) -> None:
         if headers.status is not None and (stream.is_answered or headers.refusal is None):
@@ -443,13 +445,11 @@ class Http2Protocol:
             self._out.append(h2.rst_stream(stream.id, ErrorCode.CANCEL))
         self._end(stream, code, details, never_sent=False)
 
-    def _abort(self, stream: Stream, error: ErrorCode, details: str) -> None:
-        """End a stream on which the server did something wrong."""
+    def _abort(
+        self, stream: Stream, error: ErrorCode, details: str, *, code: int = StatusCode.INTERNAL
+    ) -> None:
+        """End a stream whose answer is of no use."""
         self._out.append(h2.rst_stream(stream.id, error))
-        self._end(stream, StatusCode.INTERNAL, details, never_sent=False)
-
-    def _cancel_with(self, stream: Stream, code: int, details: str) -> None:
-        self._out.append(h2.rst_stream(stream.id, ErrorCode.CANCEL))
         self._end(stream, code, details, never_sent=False)
 
     def _end(self, stream: Stream, code: int, details: str, *, never_sent: bool) -> None:
