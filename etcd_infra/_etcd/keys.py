@@ -103,7 +103,38 @@ class Keys:
         if not key:
             msg = "a state key must not be empty"
             raise ValueError(msg)
-        return self.root + b"state/" + key.encode()
+        return self.states + key.encode()
+
+    @property
+    def states(self) -> bytes:
+        """The prefix of all state keys."""
+        return self.root + b"state/"
+
+    def parse_state(self, key: bytes) -> str | None:
+        """Return the user's key of a state key, None for other keys."""
+        if not key.startswith(self.states):
+            return None
+        return key.removeprefix(self.states).decode(errors="surrogateescape")
+
+    # ── two-phase transactions ──────────────────────────────────────────────────────────────────
+
+    @property
+    def transactions(self) -> bytes:
+        """The prefix of the records of all two-phase transactions."""
+        return self.root + b"txn/"
+
+    def transaction(self, transaction_id: str) -> bytes:
+        """The record of one two-phase transaction."""
+        return self.transactions + encode_segment(transaction_id).encode()
+
+    @property
+    def intents(self) -> bytes:
+        """The prefix of all intents."""
+        return self.root + b"intent/"
+
+    def intent_of(self, state_key: bytes) -> bytes:
+        """The intent on a full state key: its value is the id of the transaction that will change it."""
+        return self.intents + state_key.removeprefix(self.states)
 
 
 def place(line: bytes, lease: int, number: int) -> bytes:

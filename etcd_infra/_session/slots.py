@@ -96,8 +96,8 @@ class Slots:
             note: Kept in the slot, to be found when the answer is lost.
 
         Raises:
-            SessionLostError: the session ended before the outcome was known; the write may be applied.
-            OutcomeUnknownError: somebody deleted the slot while an answer was missing.
+            SessionLostError: the session ended before the write was sent; nothing was written.
+            OutcomeUnknownError: the session ended, or somebody deleted the slot, while an answer was missing.
             EtcdError: etcd refuses the request; nothing was written.
 
         Cancellation:
@@ -112,9 +112,15 @@ class Slots:
         try:
             with self._session.tether():
                 return await self._until_definite(slot, write)
+            lost = SessionLostError(str(self._session.lease.error))
+        except SessionLostError as error:
+            lost = error
         finally:
             self._put_back(slot)
-        raise SessionLostError(str(self._session.lease.error))
+        if write.unanswered:
+            msg = f"a write whose session was lost ({lost})"
+            raise OutcomeUnknownError(msg, write.request.written_keys) from lost
+        raise lost
 
     def _new(self) -> Slot:
         slot = Slot(self._session.keys.slot(self._session.lease.id, self._count))
@@ -190,12 +196,11 @@ class Slots:
         except UnavailableError:
             slot.dirty, write.unanswered = dirty, unanswered
             return None
-        except LeaseNotFoundError:
-            slot.dirty = dirty
-            await self._session.lease.renew()
-            raise
         except EtcdError as error:
-            slot.dirty = dirty
+            slot.dirty, write.unanswered = dirty, unanswered
+            if isinstance(error, LeaseNotFoundError):
+                # The session's lease, or one that the write names.
+                await self._session.lease.renew()
             if unanswered:
                 # This copy was refused; an earlier one may have been applied, or may still be.
                 keys = write.request.written_keys

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from etcd_infra._etcd.model import Compare, KeyRange, Put, Range, Txn
-from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError, SessionLostError
+from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError, OutcomeUnknownError, SessionLostError
 from etcd_infra.testing import FaultyBackend, MemoryEtcd, RecordingBackend
 from tests.conftest import open_infra
 from tests.helpers.cancelling import cancelled_at
@@ -173,6 +173,25 @@ async def test_write_of_a_lost_session_raises(etcd, autojump_clock):
         with pytest.raises(SessionLostError):
             await session.slots.write(put())
         assert [] == writes(etcd)
+
+
+async def test_write_without_an_answer_is_unknown_when_the_session_is_lost(etcd, autojump_clock):
+    """The session ends before an answer came: OutcomeUnknownError, and here the write was applied."""
+    node = etcd.node("one")
+    faulty = FaultyBackend(node)
+    async with open_infra(faulty) as infra:
+        faulty.lose_next_answer()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_unknown, infra.session)
+            await trio.sleep(0.001)
+            node.partition()
+        node.heal()
+        assert [b"v"] == writes(etcd)
+
+
+async def expect_unknown(session):
+    with pytest.raises(OutcomeUnknownError, match="session was lost"):
+        await session.slots.write(put())
 
 
 async def test_deleted_slot_is_replaced(etcd, autojump_clock):
