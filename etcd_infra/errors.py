@@ -124,7 +124,26 @@ class NotHeldError(EtcdInfraError):
 
 
 class ConflictError(EtcdInfraError):
-    """Others kept winning, or a condition that the caller set was not met."""
+    """
+    Others kept winning, or a condition that the caller set was not met.
+
+    Attributes:
+        key: The key that was not as expected.
+        version: Its version at that moment (0: absent), if it was read.
+        index: Which operation of a transaction failed.
+    """
+
+    def __init__(
+        self, message: str, key: str | None = None, version: int | None = None, index: int | None = None
+    ) -> None:
+        super().__init__(message, key, version, index)
+        self.message = message
+        self.key = key
+        self.version = version
+        self.index = index
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class TransactionTimeoutError(EtcdInfraError):
