@@ -137,7 +137,13 @@ class Slots:
     async def _until_definite(self, slot: Slot, write: _Write) -> SlotWrite:
         failures = 0
         while True:
-            answer = await self._send(slot, self._guarded(slot, write), write)
+            try:
+                answer = await self._send(slot, self._guarded(slot, write), write)
+            except EtcdError:
+                # This copy was refused; an earlier one may have been applied, or may still be.
+                if (outcome := await self._settled(slot, write)) is not None:
+                    return outcome
+                raise
             if answer is None:
                 await trio.sleep(delay(failures, self._session.random.random()))
                 failures += 1
@@ -156,16 +162,25 @@ class Slots:
             return outcome
         # The caller's own conditions failed. An earlier copy may still come and find them true: so the
         # slot moves before anybody is told "no" (a refused copy was applied afterwards in 40 of 40 trials).
+        outcome = await self._settled(slot, write)
+        return outcome or SlotWrite(applied=False, revision=answer.revision, results=answer.results[1:])
+
+    async def _settled(self, slot: Slot, write: _Write) -> SlotWrite | None:
+        """Move the slot if a copy is out; return its outcome, or None: none was applied, or ever will be."""
         while write.unanswered:
-            settled = await self._send(slot, self._settling(slot), write)
-            if settled is None:
+            try:
+                answer = await self._send(slot, self._settling(slot), write)
+            except EtcdError as error:
+                msg = f"an earlier copy of a write that was refused now ({error})"
+                raise OutcomeUnknownError(msg, write.request.written_keys) from error
+            if answer is None:
                 await trio.sleep(delay(0, self._session.random.random()))
-            elif settled.succeeded:
-                slot.moved_to(settled.revision)
+            elif answer.succeeded:
+                slot.moved_to(answer.revision)
                 write.unanswered = False
-            elif (outcome := self._moved(slot, write, settled)) is not None:
+            elif (outcome := self._moved(slot, write, answer)) is not None:
                 return outcome
-        return SlotWrite(applied=False, revision=answer.revision, results=answer.results[1:])
+        return None
 
     def _moved(self, slot: Slot, write: _Write, answer: TxnResult) -> SlotWrite | None:
         """Look who moved the slot: `write` itself (then it was applied), or what was left in it before."""
@@ -201,12 +216,6 @@ class Slots:
             if isinstance(error, LeaseNotFoundError):
                 # The session's lease, or one that the write names.
                 await self._session.lease.renew()
-            if unanswered:
-                # This copy was refused; an earlier one may have been applied, or may still be.
-                keys = write.request.written_keys
-                raise OutcomeUnknownError(
-                    f"an earlier copy of a write that was refused now ({error})", keys
-                ) from error
             raise
         slot.dirty, write.unanswered = dirty, unanswered
         return answer
