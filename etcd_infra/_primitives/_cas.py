@@ -21,10 +21,11 @@ Source
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from etcd_infra._etcd.model import Compare, KeyRange, Op, OpResult, Range, RangeResult, Txn, TxnResult
 from etcd_infra._primitives._intents import wait_resolved
+from etcd_infra._primitives.fence import Fence
 from etcd_infra.errors import FencedError, InvalidAnswerError, SessionLostError
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 
     from etcd_infra._etcd.keys import Keys
     from etcd_infra._etcd.model import KeyValue
-    from etcd_infra._primitives.fence import Fence
     from etcd_infra._session.current import SessionSource
 
+T = TypeVar("T")
+
 MAX_INTENT_GUARDS: Final = 8
+TOGETHER: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,30 @@ class Refused:
     reads: tuple[OpResult, ...]
 
 
+def check_fence(fence: Fence | None) -> None:
+    """
+    Refuse what guards nothing.
+
+    Raises:
+        TypeError: it is no `Fence` (a `Hold` has one).
+        ValueError: it carries no proof: it was made by hand, or from JSON.
+    """
+    if fence is None:
+        return
+    if not isinstance(fence, Fence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"fence= takes a Fence, such as a hold's `fence`, not {fence!r}"
+        raise TypeError(msg)
+    if not fence.proof:
+        msg = f"this fence carries no proof, so it would guard nothing: {fence}"
+        raise ValueError(msg)
+
+
 async def commit(sessions: SessionSource, keys: Keys, change: Change) -> Committed | Refused:
     """
     Apply `change` if its conditions hold; wait while a prepared transaction has a written key.
 
     Raises:
+        TypeError, ValueError: the fence guards nothing; nothing was sent.
         FencedError: the fence is dead; nothing was written.
         OutcomeUnknownError: the session ended while an answer was missing.
         SessionLostError: there will be no session any more; nothing was written.
@@ -99,14 +121,16 @@ async def commit(sessions: SessionSource, keys: Keys, change: Change) -> Committ
     Round trips:
         One; one more for each answer that was lost.
     """
+    check_fence(change.fence)
     proof = change.fence.proof if change.fence else ()
     intents = [keys.intent_of(key) for key in change.keys]
+    asked = in_groups(change.conditions)
     request = Txn(
         (*proof, *change.conditions, *[Compare.nothing_in(span) for span in _spans(intents)]),
         change.ops,
         (
             Txn(proof),
-            Txn(change.conditions),
+            *[Txn(group) for group in asked],
             *[Range(span, limit=1) for span in _spans(intents)],
             *change.reads,
         ),
@@ -119,16 +143,27 @@ async def commit(sessions: SessionSource, keys: Keys, change: Change) -> Committ
             continue  # certainly not applied; whether there is a next session, `current` says
         if outcome.applied:
             return Committed(outcome.revision, outcome.results, outcome.note)
-        fence_holds, conditions_hold, *rest = outcome.results
+        fence_holds, *rest = outcome.results
+        conditions_hold = all([_holds(answer) for answer in rest[: len(asked)]])
+        rest = rest[len(asked) :]
         if change.fence and not _holds(fence_holds):
             msg = f"the fence of {change.fence.resource!r} (token {change.fence.token}) is not current any more"
             raise FencedError(msg)
         count = len(rest) - len(change.reads)
-        if not _holds(conditions_hold):
+        if not conditions_hold:
             return Refused(outcome.revision, tuple(rest[count:]))
         for found in rest[:count]:
             for intent in found_in(found):
                 await wait_resolved(session, intent)
+
+
+def in_groups(items: Sequence[T]) -> list[tuple[T, ...]]:
+    """
+    Cut a long list for nested transactions, so that each needs but little of etcd's budget.
+
+    etcd: 128 operations, the longest list of each level added up.
+    """
+    return [tuple(items[at : at + TOGETHER]) for at in range(0, len(items), TOGETHER)]
 
 
 def _spans(intents: Sequence[bytes]) -> list[KeyRange]:
