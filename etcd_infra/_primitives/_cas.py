@@ -21,9 +21,10 @@ Source
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from etcd_infra._etcd.model import Compare, KeyRange, Op, OpResult, Range, RangeResult, Txn, TxnResult
+from etcd_infra._primitives._groups import in_groups
 from etcd_infra._primitives._intents import wait_resolved
 from etcd_infra._primitives.fence import Fence
 from etcd_infra.errors import FencedError, InvalidAnswerError, SessionLostError
@@ -35,10 +36,7 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.model import KeyValue
     from etcd_infra._session.current import SessionSource
 
-T = TypeVar("T")
-
 MAX_INTENT_GUARDS: Final = 8
-TOGETHER: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +142,10 @@ async def commit(sessions: SessionSource, keys: Keys, change: Change) -> Committ
         if outcome.applied:
             return Committed(outcome.revision, outcome.results, outcome.note)
         fence_holds, *rest = outcome.results
-        conditions_hold = all([_holds(answer) for answer in rest[: len(asked)]])
+        conditions_hold = all(map(_holds, rest[: len(asked)]))
         rest = rest[len(asked) :]
-        if change.fence and not _holds(fence_holds):
-            msg = f"the fence of {change.fence.resource!r} (token {change.fence.token}) is not current any more"
-            raise FencedError(msg)
+        if change.fence is not None:
+            refuse_dead(change.fence, fence_holds)
         count = len(rest) - len(change.reads)
         if not conditions_hold:
             return Refused(outcome.revision, tuple(rest[count:]))
@@ -157,13 +154,16 @@ async def commit(sessions: SessionSource, keys: Keys, change: Change) -> Committ
                 await wait_resolved(session, intent)
 
 
-def in_groups(items: Sequence[T]) -> list[tuple[T, ...]]:
+def refuse_dead(fence: Fence, holds: OpResult) -> None:
     """
-    Cut a long list for nested transactions, so that each needs but little of etcd's budget.
+    Judge a fence by the answer to a nested Txn of its proof.
 
-    etcd: 128 operations, the longest list of each level added up.
+    Raises:
+        FencedError: it is dead.
     """
-    return [tuple(items[at : at + TOGETHER]) for at in range(0, len(items), TOGETHER)]
+    if not _holds(holds):
+        msg = f"the fence of {fence.resource!r} (token {fence.token}) is not current any more"
+        raise FencedError(msg)
 
 
 def _spans(intents: Sequence[bytes]) -> list[KeyRange]:
