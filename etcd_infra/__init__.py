@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from etcd_infra._backends.opening import TlsConfig, open_etcd
 from etcd_infra._etcd.calls import Call
+from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._hold import Hold, LockStatus
+from etcd_infra._primitives._listing import Listing
+from etcd_infra._primitives.counter import Counter
+from etcd_infra._primitives.entry import DELETE, CasResult, Consistency, Entry
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock import Lock, Renewal
 from etcd_infra._primitives.lock_info import LockInfo
+from etcd_infra._primitives.state import State
+from etcd_infra._primitives.state_info import StateInfo
+from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
+from etcd_infra._primitives.write_behind import WriteBehind
 from etcd_infra._session.keepalive import SessionStatus
 from etcd_infra._session.session import Session
 from etcd_infra.coordinator import Coordinator, open_coordinator
@@ -43,14 +51,21 @@ from etcd_infra.errors import (
 from etcd_infra.inspector import HealthInfo, Inspector, LeaseInfo, SessionInfo
 
 __all__ = [
+    "DELETE",
+    "JSON",
     "AccessDeniedError",
     "AckTimeoutError",
     "Call",
+    "CasResult",
     "CircuitOpenError",
+    "Codec",
     "CodecError",
     "CompactedError",
     "ConflictError",
+    "Consistency",
     "Coordinator",
+    "Counter",
+    "Entry",
     "EtcdError",
     "EtcdInfraError",
     "Fence",
@@ -66,6 +81,7 @@ __all__ = [
     "LeaseExistsError",
     "LeaseInfo",
     "LeaseNotFoundError",
+    "Listing",
     "Lock",
     "LockInfo",
     "LockLostError",
@@ -80,11 +96,17 @@ __all__ = [
     "SessionInfo",
     "SessionLostError",
     "SessionStatus",
+    "State",
+    "StateChange",
+    "StateInfo",
+    "StateSnapshot",
+    "StateWatch",
     "StorageFullError",
     "StoreResetError",
     "TlsConfig",
     "TransactionTimeoutError",
     "UnavailableError",
+    "WriteBehind",
     "open_coordinator",
     "open_etcd",
 ]

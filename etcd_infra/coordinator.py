@@ -7,14 +7,20 @@ import random as random_module
 import socket
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from etcd_infra._etcd.backend import Backend
 from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
+from etcd_infra._policy.codec import JSON, Codec
+from etcd_infra._primitives._space import Space
+from etcd_infra._primitives._ttl_leases import TtlLeases
+from etcd_infra._primitives.counter import Combiners, Counter
 from etcd_infra._primitives.lock import Lock, Renewal
+from etcd_infra._primitives.state import State
+from etcd_infra._primitives.write_behind import WriteBehind, open_write_behind
 from etcd_infra._session.clock import Clock
 from etcd_infra._session.current import CurrentSession
 from etcd_infra._session.keepalive import SessionStatus
@@ -29,10 +35,12 @@ from etcd_infra.metrics import Metrics, SyncMeter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from random import Random
 
     from etcd_infra._etcd.calls import Call, Observer
     from etcd_infra._primitives._hold import Hold
+    from etcd_infra._primitives.fence import Fence
     from etcd_infra._session.session import Session
 
 MEMORY_URL = "memory://"
@@ -48,16 +56,28 @@ class Coordinator:
         node_id: This process's name among its peers.
         namespace: Everything lives under it.
         backend: The raw backend; keys are full keys.
+        state: The namespace's values, of any type; see `State`.
     """
 
-    def __init__(
-        self, backend: Backend, keys: Keys, sessions: CurrentSession, *, node_id: str, metrics: Metrics
+    def __init__(  # noqa: PLR0913 - only open_coordinator calls it
+        self,
+        backend: Backend,
+        keys: Keys,
+        sessions: CurrentSession,
+        space: Space,
+        combiners: Combiners,
+        *,
+        node_id: str,
+        metrics: Metrics,
     ) -> None:
         self.backend = backend
+        self.state: State[Any] = State(space, cast("type[Any]", Any))
         self.node_id = node_id
         self.namespace = keys.namespace
         self._keys = keys
         self._sessions = sessions
+        self._space = space
+        self._combiners = combiners
         self._metrics = metrics
 
     def __repr__(self) -> str:
@@ -88,7 +108,7 @@ class Coordinator:
 
     async def inspect(self, kind: str, name: str | None = None) -> object:
         """
-        Describe what is in etcd: "locks", "sessions", "leases" or "health".
+        Describe what is in etcd: "locks", "state", "sessions", "leases" or "health".
 
         Raises:
             ValueError: there is no such kind.
@@ -113,6 +133,14 @@ class Coordinator:
             on_renewal_failure=on_renewal_failure,
         )
 
+    def counter(self, name: str) -> Counter:
+        """Return the counter `name`; see `Counter`."""
+        return Counter(self._combiners, name)
+
+    def open_write_behind(self, *, fence: Fence | None = None) -> AbstractAsyncContextManager[WriteBehind]:
+        """Open a `WriteBehind`, to be entered: writes that return at once and reach etcd in order."""
+        return open_write_behind(self._space, fence)
+
 
 @asynccontextmanager
 async def open_coordinator(  # noqa: PLR0913
@@ -121,6 +149,7 @@ async def open_coordinator(  # noqa: PLR0913
     namespace: str | None = None,
     ttl: int = 30,
     node_id: str | None = None,
+    codec: Codec = JSON,
     observer: Observer | None = None,
     random: Random | None = None,
     boot_clock: Callable[[], float] | None = None,
@@ -138,6 +167,7 @@ async def open_coordinator(  # noqa: PLR0913
             etcd's leader may cost the session.
         node_id: This process's name; None: ``ETCD_INFRA_NODE_ID``, else ``POD_NAME`` or the host's name,
             plus a random suffix.
+        codec: Turns values of state into bytes and back.
         observer: Is told of each call to etcd.
         random: Source of lease ids and jitter; None: the operating system's.
         boot_clock: Seconds that go on while the machine is suspended; for tests, `trio.current_time`.
@@ -172,7 +202,9 @@ async def open_coordinator(  # noqa: PLR0913
         sessions = _sessions(observed, keys, metrics, clock, draws, ttl=ttl)
         background = await stack.enter_async_context(open_background())
         await background.start(sessions.run)
-        yield Coordinator(observed, keys, sessions, node_id=name, metrics=metrics)
+        space = Space(observed, sessions, keys, codec, draws, metrics.tally, TtlLeases())
+        combiners = Combiners(space, background)
+        yield Coordinator(observed, keys, sessions, space, combiners, node_id=name, metrics=metrics)
 
 
 def _sessions(  # noqa: PLR0913, PLR0917

@@ -11,6 +11,7 @@ import trio
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, Range
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock, inspect_locks
+from etcd_infra._primitives.state_info import StateInfo, inspect_state
 from etcd_infra.errors import EtcdError
 
 if TYPE_CHECKING:
@@ -106,8 +107,11 @@ class Inspector:
         """
         if kind == "locks" and name is not None:
             return await self.lock(name)
+        if kind == "state" and name is not None:
+            return await self.state(name)
         kinds: dict[str, Callable[[], Awaitable[object]]] = {
             "locks": self.locks,
+            "state": self.state,
             "sessions": self.sessions,
             "leases": self.leases,
             "health": self.health,
@@ -127,6 +131,10 @@ class Inspector:
     async def locks(self) -> tuple[LockInfo, ...]:
         """Describe every lock that is held."""
         return await inspect_locks(self._backend, self._keys)
+
+    async def state(self, prefix: str = "") -> tuple[StateInfo, ...]:
+        """Describe the state keys that begin with `prefix`."""
+        return await inspect_state(self._backend, self._keys, prefix)
 
     async def sessions(self) -> tuple[SessionInfo, ...]:
         """Describe every living session, oldest first."""

@@ -53,7 +53,7 @@ class Metrics:
             "lock_acquisitions": self.tally.lock_acquisitions,
             "lock_releases": self.tally.lock_releases,
             "lock_conflicts": self.tally.lock_conflicts,
-            "state_operations": 0,
+            "state_operations": self.tally.state_operations,
             "messages_sent": 0,
             "messages_received": 0,
             "last_sync_timestamp": self.sync.last_at,

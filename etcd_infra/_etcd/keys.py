@@ -10,10 +10,13 @@ else may ever live under `lock/{name}/`.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 from urllib.parse import unquote
 
 MAX_SEGMENT_BYTES: Final = 512
+MAX_STATE_KEY_BYTES: Final = 1024
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPES: Final = {code: f"%{code:02X}" for code in (*range(0x20), 0x7F, ord("%"), ord("/"))}
 
 
@@ -99,11 +102,37 @@ class Keys:
     # ── state ───────────────────────────────────────────────────────────────────────────────────
 
     def state(self, key: str) -> bytes:
-        """A value of the user's; slashes are allowed in `key`."""
-        if not key:
+        """
+        A value of the user's; slashes are allowed in `key`.
+
+        Raises:
+            TypeError: `key` is no str.
+            ValueError: `key` is empty, too long, or holds control characters or lone surrogates.
+        """
+        if not key and isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = "a state key must not be empty"
             raise ValueError(msg)
-        return self.states + key.encode()
+        return self.state_prefix(key)
+
+    def state_prefix(self, prefix: str) -> bytes:
+        """
+        All state keys that begin with `prefix`, maybe an empty one.
+
+        Raises:
+            TypeError, ValueError: as for `state`.
+        """
+        if not isinstance(prefix, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"a state key must be a str, not {prefix!r}"
+            raise TypeError(msg)
+        encoded = prefix.encode()
+        if len(encoded) > MAX_STATE_KEY_BYTES:
+            most = MAX_STATE_KEY_BYTES
+            msg = f"a state key must have at most {most} bytes, not {len(encoded)}: {prefix[:40]!r}…"
+            raise ValueError(msg)
+        if _CONTROL.search(prefix):
+            msg = f"a state key must not hold control characters: {prefix!r}"
+            raise ValueError(msg)
+        return self.states + encoded
 
     @property
     def states(self) -> bytes:

@@ -12,3 +12,4 @@ class Tally:
     lock_acquisitions: int = 0
     lock_releases: int = 0
     lock_conflicts: int = 0
+    state_operations: int = 0

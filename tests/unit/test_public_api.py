@@ -43,12 +43,20 @@ ERRORS = {
 }
 NAMES = {
     "Call",
+    "CasResult",
+    "Codec",
+    "Consistency",
     "Coordinator",
+    "Counter",
+    "DELETE",
+    "Entry",
     "Fence",
     "HealthInfo",
     "Hold",
     "Inspector",
+    "JSON",
     "LeaseInfo",
+    "Listing",
     "Lock",
     "LockInfo",
     "LockStatus",
@@ -56,7 +64,13 @@ NAMES = {
     "Session",
     "SessionInfo",
     "SessionStatus",
+    "State",
+    "StateChange",
+    "StateInfo",
+    "StateSnapshot",
+    "StateWatch",
     "TlsConfig",
+    "WriteBehind",
     "open_coordinator",
     "open_etcd",
 }
@@ -135,6 +149,7 @@ def test_enums_have_the_source_documents_values():
     """Status and renewal modes are string enums with the values of the source document."""
     assert ["acquired", "released", "expired", "fenced", "failed"] == list(etcd_infra.LockStatus)
     assert ["auto", "manual"] == list(etcd_infra.Renewal)
+    assert ["linearizable", "serializable"] == list(etcd_infra.Consistency)
     assert issubclass(etcd_infra.LockStatus, enum.StrEnum)
 
 
