@@ -7,14 +7,29 @@ from etcd_infra._etcd.calls import Call
 from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._hold import Hold, LockStatus
 from etcd_infra._primitives._listing import Listing
+from etcd_infra._primitives._run import Transaction
 from etcd_infra._primitives.counter import Counter
 from etcd_infra._primitives.entry import DELETE, CasResult, Consistency, Entry
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock import Lock, Renewal
 from etcd_infra._primitives.lock_info import LockInfo
+from etcd_infra._primitives.operations import (
+    Cas,
+    Decrement,
+    Delete,
+    Increment,
+    Operation,
+    OperationResult,
+    Set,
+    TransactionResult,
+    TransactionStatus,
+)
 from etcd_infra._primitives.state import State
 from etcd_infra._primitives.state_info import StateInfo
 from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
+from etcd_infra._primitives.stm import Isolation
+from etcd_infra._primitives.transaction_info import TransactionInfo
+from etcd_infra._primitives.two_phase import TwoPhaseTransaction
 from etcd_infra._primitives.write_behind import WriteBehind
 from etcd_infra._session.keepalive import SessionStatus
 from etcd_infra._session.session import Session
@@ -56,6 +71,7 @@ __all__ = [
     "AccessDeniedError",
     "AckTimeoutError",
     "Call",
+    "Cas",
     "CasResult",
     "CircuitOpenError",
     "Codec",
@@ -65,6 +81,8 @@ __all__ = [
     "Consistency",
     "Coordinator",
     "Counter",
+    "Decrement",
+    "Delete",
     "Entry",
     "EtcdError",
     "EtcdInfraError",
@@ -74,9 +92,11 @@ __all__ = [
     "FutureRevisionError",
     "HealthInfo",
     "Hold",
+    "Increment",
     "Inspector",
     "InvalidAnswerError",
     "InvalidRequestError",
+    "Isolation",
     "LeadershipLostError",
     "LeaseExistsError",
     "LeaseInfo",
@@ -89,6 +109,8 @@ __all__ = [
     "LostError",
     "MessagesLostError",
     "NotHeldError",
+    "Operation",
+    "OperationResult",
     "OutcomeUnknownError",
     "RateLimitedError",
     "Renewal",
@@ -96,6 +118,7 @@ __all__ = [
     "SessionInfo",
     "SessionLostError",
     "SessionStatus",
+    "Set",
     "State",
     "StateChange",
     "StateInfo",
@@ -104,7 +127,12 @@ __all__ = [
     "StorageFullError",
     "StoreResetError",
     "TlsConfig",
+    "Transaction",
+    "TransactionInfo",
+    "TransactionResult",
+    "TransactionStatus",
     "TransactionTimeoutError",
+    "TwoPhaseTransaction",
     "UnavailableError",
     "WriteBehind",
     "open_coordinator",

@@ -7,7 +7,7 @@ import random as random_module
 import socket
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -20,6 +20,9 @@ from etcd_infra._primitives._ttl_leases import TtlLeases
 from etcd_infra._primitives.counter import Combiners, Counter
 from etcd_infra._primitives.lock import Lock, Renewal
 from etcd_infra._primitives.state import State
+from etcd_infra._primitives.stm import Isolation, transact
+from etcd_infra._primitives.transaction import execute
+from etcd_infra._primitives.two_phase import begin
 from etcd_infra._primitives.write_behind import WriteBehind, open_write_behind
 from etcd_infra._session.clock import Clock
 from etcd_infra._session.current import CurrentSession
@@ -34,14 +37,19 @@ from etcd_infra.inspector import Inspector
 from etcd_infra.metrics import Metrics, SyncMeter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from random import Random
 
     from etcd_infra._etcd.calls import Call, Observer
     from etcd_infra._primitives._hold import Hold
+    from etcd_infra._primitives._run import Transaction
     from etcd_infra._primitives.fence import Fence
+    from etcd_infra._primitives.operations import Operation, TransactionResult
+    from etcd_infra._primitives.two_phase import TwoPhaseTransaction
     from etcd_infra._session.session import Session
+
+T = TypeVar("T")
 
 MEMORY_URL = "memory://"
 
@@ -108,7 +116,7 @@ class Coordinator:
 
     async def inspect(self, kind: str, name: str | None = None) -> object:
         """
-        Describe what is in etcd: "locks", "state", "sessions", "leases" or "health".
+        Describe what is in etcd: "locks", "state", "transactions", "sessions", "leases" or "health".
 
         Raises:
             ValueError: there is no such kind.
@@ -136,6 +144,26 @@ class Coordinator:
     def counter(self, name: str) -> Counter:
         """Return the counter `name`; see `Counter`."""
         return Counter(self._combiners, name)
+
+    async def execute(
+        self, operations: Iterable[Operation], *, fence: Fence | None = None
+    ) -> TransactionResult:
+        """Apply all operations at one revision, or none; see `docs/transactions.md`."""
+        return await execute(self._space, operations, fence=fence)
+
+    async def transact(
+        self,
+        function: Callable[[Transaction], Awaitable[T]],
+        isolation: Isolation = Isolation.SERIALIZABLE_SNAPSHOT,
+        *,
+        fence: Fence | None = None,
+    ) -> T:
+        """Run `function` until what it read still holds when what it wrote is applied; see `Isolation`."""
+        return await transact(self._space, function, isolation, fence=fence)
+
+    def begin(self, ttl: int = 30) -> AbstractAsyncContextManager[TwoPhaseTransaction]:
+        """Begin a transaction in two phases, to be entered; see `TwoPhaseTransaction`."""
+        return begin(self._space, ttl=ttl)
 
     def open_write_behind(self, *, fence: Fence | None = None) -> AbstractAsyncContextManager[WriteBehind]:
         """Open a `WriteBehind`, to be entered: writes that return at once and reach etcd in order."""

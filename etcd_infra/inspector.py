@@ -12,6 +12,7 @@ from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, Range
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock, inspect_locks
 from etcd_infra._primitives.state_info import StateInfo, inspect_state
+from etcd_infra._primitives.transaction_info import TransactionInfo, inspect_transactions
 from etcd_infra.errors import EtcdError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Inspector:
         kinds: dict[str, Callable[[], Awaitable[object]]] = {
             "locks": self.locks,
             "state": self.state,
+            "transactions": self.transactions,
             "sessions": self.sessions,
             "leases": self.leases,
             "health": self.health,
@@ -135,6 +137,10 @@ class Inspector:
     async def state(self, prefix: str = "") -> tuple[StateInfo, ...]:
         """Describe the state keys that begin with `prefix`."""
         return await inspect_state(self._backend, self._keys, prefix)
+
+    async def transactions(self) -> tuple[TransactionInfo, ...]:
+        """Describe every two-phase transaction that is prepared, oldest first."""
+        return await inspect_transactions(self._backend, self._keys)
 
     async def sessions(self) -> tuple[SessionInfo, ...]:
         """Describe every living session, oldest first."""

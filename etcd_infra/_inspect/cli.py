@@ -31,6 +31,7 @@ class Kind(StrEnum):
 
     LOCKS = "locks"
     STATE = "state"
+    TRANSACTIONS = "transactions"
     SESSIONS = "sessions"
     LEASES = "leases"
     HEALTH = "health"
