@@ -30,6 +30,7 @@ from etcd_infra._session.keepalive import SessionStatus
 from etcd_infra._session.session import open_session
 from etcd_infra._session.tally import Tally
 from etcd_infra._session.ttl import check_ttl
+from etcd_infra._wrappers.grouped import Grouped
 from etcd_infra._wrappers.observed import Observed
 from etcd_infra._wrappers.retrying import Retrying
 from etcd_infra.errors import SessionLostError
@@ -226,7 +227,8 @@ async def open_coordinator(  # noqa: PLR0913
 
     async with AsyncExitStack() as stack:
         raw = await stack.enter_async_context(_open_backend(backend, environment, etcd_options))
-        observed = Observed(Retrying(raw, draws), observe)
+        carriers = await stack.enter_async_context(open_background())
+        observed = Observed(Retrying(Grouped(raw, carriers), draws), observe)
         sessions = _sessions(observed, keys, metrics, clock, draws, ttl=ttl)
         background = await stack.enter_async_context(open_background())
         await background.start(sessions.run)

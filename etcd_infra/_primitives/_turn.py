@@ -3,7 +3,8 @@ Waiting for one's turn in a line.
 
 Algorithm
     1. Listen to the whole line, then look who is ahead: the two keys with the largest create revision up to
-       mine are mine and the one directly ahead.
+       mine are mine and the one directly ahead. If the line was listened to already when it was joined, the
+       joining Txn's own answer is that look.
     2. Listen to that one key only, so that one release wakes one waiter; when it goes, look again.
     3. My turn is granted only by an answer that shows my own key: a look, or the leaving Txn of an owner in
        this process, which reads the key of the next in line.
@@ -32,29 +33,40 @@ if TYPE_CHECKING:
 LOOK_AGAIN_SECONDS: Final = 30.0
 
 
-async def wait_first(place: Place) -> None:
+async def come_first(place: Place) -> None:
     """
-    Wait until it is the turn of `place`, which has joined.
+    Join the line, and wait until it is the turn of `place`.
 
     Raises:
         LockLostError: the place was deleted.
         SessionLostError: the place went with the session.
-        AccessDeniedError: the line may not be watched.
+        StorageFullError, AccessDeniedError: etcd refuses; the line may not be watched.
 
     Cancellation:
-        Still in line: call `Place.leave`.
+        Perhaps in line: call `Place.leave`.
 
     Round trips:
-        One, plus one per predecessor seen; none for a predecessor in this process.
+        One if nobody is in line. Otherwise one more for each predecessor seen: none for one in this process,
+        nor for the first one while this process watches its lines already.
     """
-    place.waited = True
+    is_watching = place.watch.is_open
+    if not is_watching and await place.join():
+        return
     with _Turn(place) as turn:
+        if is_watching:
+            # Listened to since before the join, its answer is as good as a look.
+            turn.listen(place.line.key)
+            if await place.join():
+                return
+        ahead = place.ahead if is_watching else None
+        place.waited = True
         turn.listen(place.key)
         while not place.is_first:
-            turn.listen(place.line.key)
-            await place.watch.ready()
-            turn.begin()
-            ahead = await _look(place)
+            if ahead is None:
+                turn.listen(place.line.key)
+                await place.watch.ready()
+                turn.begin()
+                ahead = await _look(place)
             if ahead is None:
                 place.is_first = True
                 return
@@ -63,6 +75,7 @@ async def wait_first(place: Place) -> None:
             turn.stand_behind(ahead.key)
             turn.ignore(place.line.key)
             await turn.wait_changed()
+            ahead = None
 
 
 async def _look(place: Place) -> KeyValue | None:

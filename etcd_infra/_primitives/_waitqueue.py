@@ -5,7 +5,7 @@ Keys
     ``{line}{lease}-{n}``  one place; the value says who stands there. ``n`` is never used twice.
 
 Algorithm
-    1. Join: ``[mod(session)==generation, absent(mine)] → [put mine, the line's first two keys] else [look]``.
+    1. Join: ``[mod(session)==generation, absent(mine)] → [put mine, the line's last two keys] else [look]``.
        Alone in line: it is my turn, after one round trip. The token is the create revision of my key.
     2. Otherwise wait, see `_turn`.
     3. Leave: ``[created(mine)==token] → [delete mine]``; while a copy of the join is without an answer
@@ -43,6 +43,7 @@ from etcd_infra._etcd.model import (
     Put,
     Range,
     RangeResult,
+    SortTarget,
     Txn,
     TxnResult,
 )
@@ -59,6 +60,7 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
+    from etcd_infra._etcd.model import KeyValue
     from etcd_infra._session.keepalive import LivingLease
     from etcd_infra._session.key_watch import KeyWatch
     from etcd_infra._session.session import Session
@@ -72,6 +74,7 @@ class Place:
         key: Unique to this place, for ever.
         token: The key's create revision; 0 while not in line.
         is_first: Whether it is known to be this place's turn.
+        ahead: Who was directly ahead when it joined, if the join's answer told.
         waited: Whether somebody was ahead.
     """
 
@@ -87,6 +90,7 @@ class Place:
         self.key = place(line, self.lease.id, session.next_number())
         self.token = 0
         self.is_first = False
+        self.ahead: KeyValue | None = None
         self.waited = False
         session.janitor.known_keys.add(self.key)
 
@@ -105,13 +109,17 @@ class Place:
         Round trips:
             One.
         """
-        first_two = Range(self.line, keys_only=True, limit=2)
-        answer = await self._enter((), (first_two,), (first_two,))
+        # etcd: sorting reads the whole line; so does its Go client's join.
+        last_two = Range(self.line, sort_by=SortTarget.CREATE, descending=True, keys_only=True, limit=2)
+        answer = await self._enter((), (last_two,), (last_two,))
         if not self.token:
             # Nothing but a generation from the future refuses an unconditional join for good.
             self.session.lose(StoreResetError(f"the store is behind our own session key: {answer}"))
             self.session.check()
-        self.is_first = _found(answer.results[-1]).count == 1
+        last = _found(answer.results[-1])
+        self.is_first = last.count == 1
+        if len(last.kvs) > 1 and last.kvs[0].create_revision == self.token:
+            self.ahead = last.kvs[1]
         return self.is_first
 
     async def try_join(self) -> bool:

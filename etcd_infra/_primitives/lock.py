@@ -42,7 +42,7 @@ import trio
 from etcd_infra._etcd.model import Compare, KeyRange, Range, SortTarget, Txn
 from etcd_infra._primitives._fenced import fenced
 from etcd_infra._primitives._hold import Hold, LockStatus
-from etcd_infra._primitives._turn import wait_first
+from etcd_infra._primitives._turn import come_first
 from etcd_infra._primitives._waitqueue import Place
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock
@@ -137,8 +137,8 @@ class Lock:
             Leaves the line within two seconds; what is left, the session's janitor does.
 
         Round trips:
-            One if free; otherwise two, plus one per predecessor seen. With a lease of its own one more,
-            and one more still if it is MANUAL and had to wait.
+            One if free; otherwise one more for each predecessor seen, none for those in this process. With
+            a lease of its own one more, and one more still if it is MANUAL and had to wait.
         """
         hold = await self._acquire(wait=True)
         assert hold is not None
@@ -233,12 +233,13 @@ class Lock:
             raise LockLostError(msg)
 
     async def _come_first(self, session: Session, place: Place, *, wait: bool) -> bool:
-        mine = await (place.join() if wait else place.try_join())
-        if not mine:
+        if wait:
+            await come_first(place)
+        else:
+            await place.try_join()
+        if place.waited or not place.is_first:
             session.tally.lock_conflicts += 1
-        if wait and not mine:
-            await wait_first(place)
-        return mine or wait
+        return place.is_first
 
     def _granted(self, session: Session, place: Place, own: OwnLease | None) -> Hold:
         proof = (Compare.created_at(place.key, place.token),)

@@ -133,6 +133,11 @@ class KeyWatch:
         """Return who in this process is next in line behind `key`."""
         return self._heirs.get(key)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the watch exists: whoever listens now is told of everything from now on."""
+        return self._created.is_set() and self._refused is None
+
     async def ready(self) -> None:
         """
         Wait until the watch exists: a read from now on, and then the watch, miss nothing.

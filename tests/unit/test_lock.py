@@ -55,6 +55,23 @@ async def test_contended_lock_costs_two_round_trips_and_one_per_predecessor(etcd
         assert ["txn", "watch", "range", "range", "txn"] == recording.verbs()
 
 
+async def test_process_that_watches_already_needs_no_look_after_the_join(etcd, autojump_clock):
+    """While the line's watch is open, the join's own answer says whom to wait for."""
+    recording = RecordingBackend(etcd.node("two"))
+    async with open_infra(etcd.node("one"), seed=1) as one, open_infra(recording, seed=2) as two:
+        first = await one.lock("job").acquire()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hold_for, two.lock("job"), 0.0)
+            await trio.testing.wait_all_tasks_blocked()
+            recording.calls.clear()
+            nursery.start_soon(hold_for, two.lock("job"), 0.0)
+            await trio.testing.wait_all_tasks_blocked()
+            assert ["txn"] == recording.verbs()
+            await first.release()
+        # The first one looks, leaves and grants the second one its turn, which leaves.
+        assert ["txn", "range", "txn", "txn"] == recording.verbs()
+
+
 async def hold_for(lock, seconds, log=None, name=None):
     """Take the lock, note the token, hold it for a while."""
     async with lock as hold:

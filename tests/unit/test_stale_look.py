@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 
 from etcd_infra._etcd.model import KeyRange, Put, Range, SortTarget
@@ -65,4 +66,33 @@ async def test_release_before_the_watch_exists_is_not_missed(etcd, autojump_cloc
             with trio.fail_after(5):
                 async with two.lock("job") as mine:
                     assert mine.token > hold.token
+        assert 1 == slow.struck
+
+
+@pytest.mark.parametrize("fault", ["gone", "gone while the watch is broken"])
+async def test_predecessor_that_goes_before_the_joins_answer_is_not_waited_for(etcd, autojump_clock, fault):
+    """The watch is open, and the holder goes while the join's answer is on its way: the lock is granted at once."""
+    node = etcd.node("two")
+    slow = FaultyBackend(node)
+    slow.only = lambda verb, request: verb == "txn" and any(isinstance(op, Put) for op in request.success)
+    async with open_infra(etcd.node("one"), ttl=60) as one, open_infra(slow, seed=2, ttl=60) as two:
+        async with two.lock("other"):
+            await trio.sleep(1)  # long enough for its key to be watched
+            hold = await one.lock("job").acquire()
+            slow.delay_next_answer(1)
+
+            async def let_go() -> None:
+                await trio.sleep(0.5)
+                if fault == "gone while the watch is broken":
+                    node.partition()
+                await hold.release()
+                node.heal()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(let_go)
+                began = trio.current_time()
+                with trio.fail_after(5):
+                    async with two.lock("job") as mine:
+                        assert mine.token > hold.token
+                assert trio.current_time() - began < 2
         assert 1 == slow.struck
