@@ -179,6 +179,8 @@ class _Follower:
                 await self._send.send(snapshot)
                 self._told, self._up_to_date, self._reset = revision, True, False
             async for batch in stream:
+                if batch.created:
+                    continue  # its revision is the store's: what happened up to it comes after it
                 if events := tuple(event for event in batch.events if event.revision > self._told):
                     await self._send.send(Changes(events))
                 self._told = max(self._told, batch.revision)
