@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import trio
 
 from etcd_infra import open_coordinator
+from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import Put, Txn
 from etcd_infra._primitives.lock import Renewal
+from etcd_infra._wrappers.grouped import Grouped
 from etcd_infra.errors import EtcdError, LostError, OutcomeUnknownError
 from etcd_infra.testing import FaultKind, Settings
 
@@ -32,6 +34,7 @@ class Shape:
     work: float
     pause: float
     settings: Settings
+    grouped: bool = False
 
 
 def shape_of(seed, *, kinds=tuple(FaultKind)):
@@ -40,7 +43,7 @@ def shape_of(seed, *, kinds=tuple(FaultKind)):
     ttl = draw.choice((2, 3, 3, 5, 5, 10))
     seconds = draw.choice((4.0, 6.0, 10.0))
     settings = settings_of(("a", "b", "c")[: draw.choice((2, 2, 3))], seconds, ttl, kinds)
-    return Shape(
+    shape = Shape(
         ttl=ttl,
         locks=("job", "job2")[: draw.choice((1, 1, 2))],
         tasks=draw.choice((1, 1, 2)),
@@ -48,6 +51,9 @@ def shape_of(seed, *, kinds=tuple(FaultKind)):
         pause=draw.choice((0.1, 0.5, 1.0)),
         settings=settings,
     )
+    # So few tasks would never have their transactions grouped by themselves.
+    grouped = draw.random() < 0.3
+    return replace(shape, grouped=True, tasks=3, locks=("job", "job2")) if grouped else shape
 
 
 def settings_of(nodes, seconds, ttl, kinds=tuple(FaultKind)):
@@ -77,15 +83,19 @@ class LockProgram:
                 process.note("refused", error=type(error).__name__)
                 await trio.sleep(0.5)
 
-    def _open(self, process):
-        return open_coordinator(
-            process.backend,
-            namespace=NAMESPACE,
-            ttl=self.shape.ttl,
-            node_id=process.id,
-            random=process.random,
-            boot_clock=process.boot_clock,
-        )
+    @asynccontextmanager
+    async def _open(self, process):
+        async with open_background() as carriers:
+            grouped = Grouped(process.backend, carriers, on_their_way=1)
+            async with open_coordinator(
+                grouped if self.shape.grouped else process.backend,
+                namespace=NAMESPACE,
+                ttl=self.shape.ttl,
+                node_id=process.id,
+                random=process.random,
+                boot_clock=process.boot_clock,
+            ) as infra:
+                yield infra
 
     async def _work(self, process, infra):
         while not process.calm:

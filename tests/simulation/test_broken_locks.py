@@ -13,7 +13,7 @@ from tests.simulation.running import run_seed
 # searches are the slow test's.
 SYMPTOMS = [
     (broken.no_fence, 0, {"L1"}),
-    (broken.no_generation, 210, {"L6", "liveness"}),
+    (broken.no_generation, 460, {"L6", "liveness"}),
     (broken.no_confirmation, 0, {"L3"}),
     (broken.watches_holder, 0, {"L1", "L3"}),
     (broken.release_by_name, 0, {"L2", "L8"}),
@@ -25,7 +25,7 @@ SYMPTOMS = [
     (broken.cancelled_stays, 0, {"L6", "liveness"}),
     (broken.unknown_is_failure, 0, {"L6", "liveness"}),
     (broken.token_from_header, 420, {"L2", "L3"}),
-    (broken.stale_look, 297, {"L4", "L7", "liveness"}),
+    (broken.stale_look, 200, {"L4", "L7", "liveness"}),
     (broken.held_by_flag, 0, {"L7"}),
     (broken.deaf_waiter, 0, {"L4"}),
 ]
