@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put
-from etcd_infra._primitives.operations import BY_US, Content, Delete, Operation, OperationResult
+from etcd_infra._primitives.operations import BY_US, SAME_LEASE, Content, Delete, Operation, OperationResult
 from etcd_infra.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def fold(bound: Sequence[Bound], seen: Mapping[bytes, KeyValue | None], space: S
 
 def _first_content(one: Bound, seen: Mapping[bytes, KeyValue | None]) -> Content | None:
     if (presumed := one.operation.presumes) is not None:
-        return Content(b"" if presumed else None, version=presumed)
+        return Content(b"", SAME_LEASE, presumed) if presumed else Content()
     if one.target not in seen:
         return None
     kv = seen[one.target]
@@ -186,4 +186,6 @@ def _apply(index: int, one: Bound, before: Content | None, space: Space) -> Step
 def _write(target: bytes, content: Content) -> Put | DeleteRange:
     if content.value is None:
         return DeleteRange(KeyRange.one(target))
+    if content.lease == SAME_LEASE:
+        return Put(target, content.value, ignore_lease=True)
     return Put(target, content.value, lease=content.lease)

@@ -22,6 +22,10 @@ BY_US: Final = -1
 """The version of what an earlier operation of the same transaction wrote: not known before the commit."""
 
 
+SAME_LEASE: Final = -1
+"""The lease of a key that is known to exist, and at which nobody has looked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """What a key holds between two operations; `value` None: it is absent (version 0)."""
@@ -123,7 +127,7 @@ class Decrement(Increment):
 
 @dataclass(frozen=True, slots=True)
 class Cas(Operation):
-    """Give a key a value if it has this version (0: if it is absent); the key becomes permanent."""
+    """Give a key a value if it has this version (0: if it is absent); a leased key keeps its lease."""
 
     value: Any
     expected_version: int = field(kw_only=True)
@@ -146,10 +150,11 @@ class Cas(Operation):
     def apply(self, before: Content | None, encoded: bytes, space: Space) -> Step:
         """See `Operation`."""
         del space
-        if before is not None and before.version != self.expected_version:
-            msg = f"{self.key!r} has version {before.version}, not {self.expected_version}"
-            raise ConflictError(msg, self.key, before.version)
-        return Step(Content(encoded, version=BY_US), self.value)
+        held = before or Content()
+        if held.version != self.expected_version:
+            msg = f"{self.key!r} has version {held.version}, not {self.expected_version}"
+            raise ConflictError(msg, self.key, held.version)
+        return Step(Content(encoded, held.lease, BY_US), self.value)
 
 
 def _check_int(what: str, number: object) -> None:

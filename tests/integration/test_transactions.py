@@ -40,6 +40,11 @@ async def test_execute_on_a_real_server(program):
             assert (1, "k", result.revision) == (caught.value.index, caught.value.key, caught.value.version)
             async with infra.lock("job") as hold:
                 await infra.execute([Increment("n", 9)], fence=hold.fence)
+            version = await infra.state.set("leased", 1, ttl=60)
+            await infra.execute([Cas("leased", 2, expected_version=version), Increment("leased")])
+            leased = await infra.state.get("leased")
+            assert 3 == leased.value
+            assert leased.lease
             assert (1, 10) == ((await infra.state.get("a")).value, (await infra.state.get("n")).value)
 
 

@@ -147,12 +147,16 @@ async def test_increment_of_no_integer_is_a_codec_error(infra, etcd):
 
 
 async def test_lease_is_kept_by_increments_and_given_up_by_new_values(infra, etcd, autojump_clock):
-    """A key with a TTL stays leased when it is counted, and becomes permanent when it is set."""
+    """A key with a TTL stays leased when it is counted or swapped, and becomes permanent when it is set."""
     await infra.state.set("counted", 1, ttl=60)
+    version = await infra.state.set("swapped", 1, ttl=60)
     await infra.state.set("set", 1, ttl=60)
-    await infra.execute([Increment("counted"), Set("set", 2)])
-    entries = await infra.state.get_many(["counted", "set"])
+    operations = [Increment("counted"), Cas("swapped", 1, expected_version=version), Increment("swapped")]
+    await infra.execute([*operations, Set("set", 2)])
+    entries = await infra.state.get_many(["counted", "swapped", "set"])
+    assert (2, 2) == (entries["counted"].value, entries["swapped"].value)
     assert entries["counted"].lease
+    assert entries["swapped"].lease
     assert not entries["set"].lease
     await trio.sleep(70)
     assert {"set": b"2"} == state(etcd)
