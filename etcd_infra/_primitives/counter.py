@@ -8,7 +8,8 @@ Algorithm
     1. One batch is in flight per counter and process; what is asked for meanwhile waits, and becomes the next
        batch. A `reset` is a batch of its own.
     2. A batch is one write: `[slot, version is the known one, no intent] → [put the sum] else [look]`.
-    3. Refused: the first time again at once, with what was seen; later after a wait with full jitter.
+    3. Refused: the first time again at once, with what was seen; then after a wait with full jitter. While
+       others write, too, nobody takes more than his turn (see `_policy/pace.py`).
     4. Each caller gets its own result, as if applied one by one in the order of asking.
 
 Guarantees
@@ -35,7 +36,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from etcd_infra._etcd.model import Compare, KeyRange, KeyValue, Put, Range
-from etcd_infra._policy.backoff import delay
+from etcd_infra._policy.pace import Pace
 from etcd_infra._primitives._cas import Change, Refused, commit, found_in
 from etcd_infra.errors import OutcomeUnknownError, SessionLostError
 
@@ -74,6 +75,7 @@ class Combiner:
         self._running = False
         # What is under the key, as far as this process knows: a guess, until a write proves it.
         self._known: KeyValue | None = None
+        self._pace = Pace()
 
     async def apply(self, request: _Request) -> int:
         """Have a request applied; return its result."""
@@ -118,22 +120,25 @@ class Combiner:
         return not self._batch or not (request.is_reset or self._batch[0].is_reset)
 
     async def _finish_batch(self) -> None:
-        conflicts = 0
+        losses = 0
         try:
-            while self._batch:
-                if await self._write_batch():
-                    return
+            await self._rest(self._pace.before_next(trio.current_time(), self._space.random.random()))
+            while self._batch and not await self._write_batch():
+                losses += 1
                 # Definitely not applied: whoever was cancelled is out, and who came meanwhile is in.
                 self._waiting.extendleft(reversed(self._batch))
                 self._batch.clear()
-                if conflicts:
-                    await trio.sleep(delay(conflicts - 1, self._space.random.random()))
-                    await self._look()
-                conflicts += 1
+                await self._rest(self._pace.lost(trio.current_time(), losses, self._space.random.random()))
                 self._take()
         except Exception as error:  # noqa: BLE001 - it is raised by every caller
             self._known = None
             self._fail(error)
+
+    async def _rest(self, seconds: float) -> None:
+        if seconds:
+            await trio.sleep(seconds)
+            found = await self._space.read(Range(KeyRange.one(self._key)))
+            self._known = found.kvs[0] if found.kvs else None
 
     async def _write_batch(self) -> bool:
         known = self._known
@@ -154,15 +159,12 @@ class Combiner:
         if isinstance(outcome, Refused):
             self._known = next(iter(found_in(outcome.reads[0])), None)
             return False
+        self._pace.won()
         self._known = KeyValue(self._key, encoded, mod_revision=outcome.revision)
         for request in self._batch:
             request.done.set()
         self._batch.clear()
         return True
-
-    async def _look(self) -> None:
-        found = await self._space.read(Range(KeyRange.one(self._key)))
-        self._known = found.kvs[0] if found.kvs else None
 
     def _fail(self, error: Exception) -> None:
         for request in self._batch:
