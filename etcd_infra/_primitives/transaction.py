@@ -80,6 +80,7 @@ async def execute(
         One; with increments or decrements two, and two more for each conflict. One more for each lost answer.
     """
     bound = bind(operations, space)
+    space.tally.state_operations += len(bound)
     name = f"{space.random.getrandbits(64):016x}"
     wanted = keys_to_read(bound)
     # Whatever will be read: what is over the budget is so already.
