@@ -68,7 +68,6 @@ class _Waiter:
         self._intent = intent
         self._record_key = session.keys.transaction(intent.value.decode(errors="replace"))
         self._since = session.clock.now()
-        self._seen: int = 0
         self._changed = trio.Event()
         self.patience = 0.0
 
@@ -97,8 +96,6 @@ class _Waiter:
             # It came with its record and goes with it: alone, it promises nothing.
             await self._remove(intent)
             return True
-        if record.mod_revision != self._seen:
-            self._seen, self._since = record.mod_revision, self._session.clock.now()
         self.patience = found.ttl - self._session.clock.since(self._since)
         if self.patience > 0:
             return False

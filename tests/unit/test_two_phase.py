@@ -494,7 +494,8 @@ async def crashed_at(node, step, infra, reached):
         trio.lowlevel.remove_instrument(crash)
 
 
-async def test_zombie_commit_changes_nothing(infra, etcd, autojump_clock):
+@pytest.mark.parametrize("writes", [True, False])
+async def test_zombie_commit_changes_nothing(infra, etcd, autojump_clock, writes):
     """The owner sleeps with its commit on the way, another decides TIMEOUT, the commit arrives: one verdict."""
     faulty = FaultyBackend(etcd.node("zombie"))
     async with open_infra(faulty, seed=3, ttl=300) as zombie:
@@ -506,11 +507,33 @@ async def test_zombie_commit_changes_nothing(infra, etcd, autojump_clock):
             with trio.move_on_after(0.001):
                 await tx.commit()
             async with renewed(etcd, tx):
-                await infra.execute([Increment("a")])
+                async with infra.begin(ttl=30) as other:
+                    other.add(Increment("a"))
+                    await other.prepare()
+                    if writes:
+                        await other.commit()
                 await trio.sleep(20)
-                assert {"a": b"51", "b": b"50"} == values(etcd)
+                assert {"a": b"51" if writes else b"50", "b": b"50"} == values(etcd)
                 with pytest.raises(TransactionTimeoutError):
                     await tx.commit()
+
+
+async def test_cancelled_commit_whose_record_has_ended_is_unknown(etcd, autojump_clock):
+    """A commit is cancelled without an answer and its record ends: nobody can tell, and nobody claims to."""
+    faulty = FaultyBackend(etcd.node("one"))
+    async with open_infra(faulty, ttl=300) as infra:
+        async with infra.begin(ttl=5) as tx:
+            tx.add(Set("a", 1))
+            await tx.prepare()
+            faulty.lose_next_answer()
+            with trio.move_on_after(0.001):
+                await tx.commit()
+            await trio.sleep(20)
+            for end in (tx.commit, tx.rollback):
+                with pytest.raises(OutcomeUnknownError):
+                    await end()
+            assert PREPARED is tx.status
+        assert PREPARED is tx.status
 
 
 async def test_commit_that_can_not_be_settled_is_unknown(etcd, autojump_clock):
