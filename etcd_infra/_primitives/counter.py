@@ -122,23 +122,26 @@ class Combiner:
     async def _finish_batch(self) -> None:
         losses = 0
         try:
-            await self._rest(self._pace.before_next(trio.current_time(), self._space.random.random()))
+            pause = self._pace.before_next(trio.current_time(), self._space.random.random())
+            if pause:
+                await self._step_back(pause)
             while self._batch and not await self._write_batch():
                 losses += 1
-                # Definitely not applied: whoever was cancelled is out, and who came meanwhile is in.
-                self._waiting.extendleft(reversed(self._batch))
-                self._batch.clear()
-                await self._rest(self._pace.lost(trio.current_time(), losses, self._space.random.random()))
-                self._take()
+                pause = self._pace.lost(trio.current_time(), losses, self._space.random.random())
+                await self._step_back(pause)
         except Exception as error:  # noqa: BLE001 - it is raised by every caller
             self._known = None
             self._fail(error)
 
-    async def _rest(self, seconds: float) -> None:
+    async def _step_back(self, seconds: float) -> None:
+        """Nothing of the batch is out: whoever was cancelled, or is now, is not in the next one."""
+        self._waiting.extendleft(reversed(self._batch))
+        self._batch.clear()
         if seconds:
             await trio.sleep(seconds)
             found = await self._space.read(Range(KeyRange.one(self._key)))
             self._known = found.kvs[0] if found.kvs else None
+        self._take()
 
     async def _write_batch(self) -> bool:
         known = self._known

@@ -9,6 +9,7 @@ import trio
 
 from etcd_infra import CodecError, OutcomeUnknownError, SessionLostError, StorageFullError
 from etcd_infra._etcd.model import KeyRange
+from etcd_infra._policy.pace import REST_SECONDS, TURN
 from etcd_infra.testing import FaultRates, FaultyBackend, MemoryEtcd, RecordingBackend
 from tests.conftest import open_infra
 from tests.helpers.cancelling import CancelAtStep
@@ -215,6 +216,21 @@ async def test_add_is_withdrawn_after_a_definite_refusal(etcd, autojump_clock):
         await trio.sleep(5)
         assert 100 == await counter.get()
         assert 101 == await counter.add()
+
+
+async def test_add_that_is_cancelled_while_its_process_rests_is_withdrawn(infra, etcd, autojump_clock):
+    """Others write, too, and the turn is over: an add that is cancelled before it was sent does not count."""
+    counter = infra.counter("n")
+    await counter.add()
+    await etcd.put(KEY, b"100")
+    for _ in range(TURN):
+        await counter.add()
+    with trio.move_on_after(REST_SECONDS / 10) as impatient:
+        await counter.add()
+    assert impatient.cancelled_caught
+    await trio.sleep(1)
+    assert 100 + TURN == await counter.get()
+    assert 101 + TURN == await counter.add()
 
 
 async def test_error_reaches_every_caller_of_the_batch(etcd, autojump_clock):
