@@ -2,7 +2,7 @@
 Group commit: transactions that would queue up on their way to etcd travel together, as one.
 
 Algorithm
-    1. While fewer than four of this process's transactions are on their way, each is sent as it is.
+    1. While fewer than three of this process's transactions are on their way, each is sent as it is.
     2. Beyond that they wait, until an answer comes or for ten milliseconds; then those that have nothing to
        do with each other leave as one Txn of nested ones.
     3. A definite refusal of a group says nothing about its members: each is sent alone, and groups are
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.backend import Backend
     from etcd_infra._etcd.background import Background
 
-ON_THEIR_WAY: Final = 4
+ON_THEIR_WAY: Final = 3
 PATIENCE_SECONDS: Final = 0.01
 # etcd: 128 is the longest list of each level, added up; 1.5 MiB is the longest request.
 GROUP_MEMBERS: Final = 32
