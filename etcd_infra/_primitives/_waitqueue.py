@@ -129,18 +129,21 @@ class Place:
         Raises, Cancellation, Round trips:
             As `join`. After False there is nothing to leave, and no late copy will ever join.
         """
-        first = Range(self.line, keys_only=True, limit=1)
-        await self._enter((Compare.nothing_in(self.line),), (), (first,))
-        if self.token:
+        first = Range(self.line, sort_by=SortTarget.CREATE, keys_only=True, limit=1)
+        answer = await self._enter((Compare.nothing_in(self.line),), (), (first,))
+        # Race: a copy of this may have joined first, and its key may have been written anew since, by
+        # somebody else and behind others: only the line's order tells whose turn it is.
+        if answer.succeeded or (self.token and _found(answer.results[-1]).kvs[0].key == self.key):
             self.is_first = True
             return True
         # etcd: "nobody is in line" can become true again, for a copy that is still on its way: it must be
         # stale before "no" is an answer.
         failures = 0
-        while self._unanswered:
+        while self._unanswered or self.token:
             try:
                 await self._leave()
             except EtcdError:
+                self.session.check()
                 await trio.sleep(delay(failures, self.session.random.random()))
                 failures += 1
         self._left()

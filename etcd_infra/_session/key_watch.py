@@ -106,6 +106,7 @@ class KeyWatch:
         self._guards: dict[Guarded, Callable[[], None]] = {}
         self._fresh: deque[Guarded] = deque()
         self._doubted: deque[Guarded] = deque()
+        self._failures = 0
         self._to_do = trio.Event()
 
     # ── listening ───────────────────────────────────────────────────────────────────────────────
@@ -274,9 +275,13 @@ class KeyWatch:
             settled = self._refused is None
         except EtcdError:
             settled = False
-        if not settled:
-            self._doubted.extend(guarded for guarded in held if guarded in self._guards)
-            await trio.sleep(GUARD_AGAIN_SECONDS)
+        if settled:
+            self._failures = 0
+            return
+        self._doubted.extend(guarded for guarded in held if guarded in self._guards)
+        patience = delay(self._failures, self._random.random(), cap=GUARD_AGAIN_SECONDS)
+        await trio.sleep(patience if self._refused is None else GUARD_AGAIN_SECONDS)
+        self._failures += 1
 
     def _begin_to_cover(self) -> None:
         now = trio.current_time()
