@@ -218,6 +218,27 @@ async def test_place_that_somebody_made_anew_is_not_mine(etcd, autojump_clock):
         await hold.release()
 
 
+async def test_attempt_that_was_made_anew_behind_others_holds_nothing(etcd, autojump_clock):
+    """An attempt's answer is lost, and its key made anew behind another's: None, and only the other is in line."""
+    faulty = FaultyBackend(etcd.node("one"))
+    async with open_infra(faulty) as infra:
+        other = KEYS.lock_line("job") + b"other-1"
+
+        async def meddle() -> None:
+            await trio.sleep(0.002)
+            (place,) = line(etcd)
+            await etcd.delete(KeyRange.one(place.key))
+            await etcd.put(other, b"")
+            await etcd.put(place.key, place.value, lease=place.lease)
+
+        faulty.lose_next_answer()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(meddle)
+            async with infra.lock("job").attempt() as hold:
+                assert None is hold
+                assert [other] == [kv.key for kv in line(etcd)]
+
+
 async def test_own_lease_that_ends_before_the_join_loses_the_lock_only(etcd, autojump_clock):
     """The lock's own lease is revoked between its grant and the join: LockLostError, and the session lives."""
     slow = FaultyBackend(etcd.node("one"))
