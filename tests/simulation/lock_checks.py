@@ -10,7 +10,8 @@ from etcd_infra._etcd.keys import place_lease
 from etcd_infra._etcd.model import Txn
 from etcd_infra.testing import Claim, FaultKind, Grant, Hit, Violation, check_fences, check_grants
 from etcd_infra.testing.fences import turns
-from tests.simulation.locks import DATA, KEYS
+from tests.simulation.locks import DATA, KEYS, LockProgram, shape_from, shape_of
+from tests.simulation.workload import Workload
 
 SIGNAL_SECONDS = 1.0
 HAND_OVER_SECONDS = 1.0
@@ -406,3 +407,6 @@ def nothing_left(simulation):
         for lease, _, keys in store.snapshot().leases:
             if lease not in sessions:
                 yield Violation("L6", f"lease {lease} with {keys} is left of an acquisition", simulation.now)
+
+
+LOCKS = Workload("locks", shape_of, shape_from, LockProgram, LockChecks, nothing_left, CELLS)

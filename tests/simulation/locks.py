@@ -56,6 +56,11 @@ def shape_of(seed, *, kinds=tuple(FaultKind)):
     return replace(shape, grouped=True, tasks=3, locks=("job", "job2")) if grouped else shape
 
 
+def shape_from(*, nodes, seconds, locks, **others):
+    """Make a shape of its fields as JSON has them."""
+    return Shape(locks=tuple(locks), settings=settings_of(tuple(nodes), seconds, others["ttl"]), **others)
+
+
 def settings_of(nodes, seconds, ttl, kinds=tuple(FaultKind)):
     """Settle how a run goes: everybody must get through within 2 x TTL + 10 s when it is calm."""
     return Settings(nodes=nodes, seconds=seconds, calm_seconds=2.0 * ttl + 10, prefix=KEYS.locks, kinds=kinds)

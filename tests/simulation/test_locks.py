@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.simulation.lock_checks import CELLS
-from tests.simulation.running import Outcome, describe, regressions, run_seed, run_seeds
+from tests.simulation.running import Outcome, run_seeds
 
 SEEDS_AT_ONCE = 25
 
@@ -19,13 +19,6 @@ def test_invariants_hold(first):
     assert not outcome.failures, "\n".join(outcome.failures)
     assert SEEDS_AT_ONCE == outcome.counters.runs
     assert all(outcome.counters.checked[invariant] for invariant in ("L1", "L2", "L3", "L4", "L6", "L7", "L8"))
-
-
-@pytest.mark.parametrize(("entry"), [*regressions()], ids=lambda entry: entry["found"][:60])
-def test_what_once_failed(entry):
-    """Each seed that once found something finds nothing any more, under the plan and the shape of that time."""
-    run, _ = run_seed(entry["seed"], plan=entry["plan"], shape=entry["shape"])
-    assert not run.violations, describe(run)
 
 
 @pytest.mark.slow
