@@ -42,6 +42,10 @@ protobuf-matrix:
 bench *ARGS:
     {{python}} benchmarks/locks.py {{ARGS}}
 
+# State and counters beside other clients.
+bench-state *ARGS:
+    {{python}} benchmarks/state.py {{ARGS}}
+
 # The bugs of naive implementations, put into a copy of the tree: some test must fail with each of them.
 mutants *ARGS:
     {{python}} -m tests.mutants.run {{ARGS}}

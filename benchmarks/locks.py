@@ -1,64 +1,23 @@
 """
 Locks beside other clients of etcd, in one run on one server.
 
-Each peer lives in a virtual environment of its own (aetcd and etcetra can not be installed together); their
-runs are interleaved, so that what the machine does besides hits all alike, and the result is a ratio. Run it
-with ``just bench``; ``--help`` tells the rest.
+Their runs are interleaved, so that what the machine does besides hits all alike, and the result is a ratio.
+Run it with ``just bench``; ``--help`` tells the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import statistics
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import trio
+from racing import OURS, PEERS, add_options, install, quantile, race, version
 
 from etcd_infra import open_coordinator, open_etcd
 from etcd_infra.testing import EtcdServer, RecordingBackend
-
-HERE = Path(__file__).parent
-PEERS = {"aetcd": ["aetcd"], "etcetra": ["etcetra"], "tooz": ["tooz", "etcd3gw"]}
-OURS = "etcd-infra"
-
-
-def install(peers: list[str], where: Path) -> dict[str, str]:
-    """Make one environment per peer; return each one's interpreter."""
-    pythons = {OURS: sys.executable}
-    for peer in peers:
-        home = where / peer
-        python = home / "bin" / "python"
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", *PEERS[peer]], check=True)
-        pythons[peer] = str(python)
-    return pythons
-
-
-def version(peer: str, python: str) -> str:
-    code = f"import importlib.metadata as m; print(m.version({peer!r}))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def race(python: str, peer: str, endpoint: str, mode: str, tasks: int, seconds: float) -> dict | None:
-    script = HERE / "peers" / f"with_{peer.replace('-', '_')}.py"
-    command = [python, "-W", "ignore", script, endpoint, mode, str(tasks), str(seconds)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds * 10 + 60)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        tail = (getattr(error, "stderr", None) or str(error))[-300:]
-        print(f"  {peer} {mode} {tasks}: failed: {tail}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def quantile(samples: list[float], share: float) -> float:
-    return samples[min(len(samples) - 1, int(len(samples) * share))] if samples else float("nan")
 
 
 def show(mode: str, tasks: int, peer: str, runs: list[dict], ours: float) -> float:
@@ -76,6 +35,12 @@ def show(mode: str, tasks: int, peer: str, runs: list[dict], ours: float) -> flo
         f"| {'' if peer == OURS else f'{ratio:.1f}×'} | {len(samples)} |"
     )
     return rate
+
+
+async def run(python: str, peer: str, endpoint: str, mode: str, tasks: int, seconds: float) -> dict | None:
+    """Let one peer race once."""
+    call = partial(race, python, "locks", peer, endpoint, mode, tasks, seconds, seconds=seconds)
+    return await trio.to_thread.run_sync(call)
 
 
 async def thousand_locks(endpoint: str) -> None:
@@ -118,8 +83,7 @@ async def main(options: argparse.Namespace) -> None:
                 runs: dict[str, list[dict]] = {peer: [] for peer in pythons}
                 for _ in range(options.rounds):
                     for peer, python in pythons.items():
-                        arguments = (python, peer, server.endpoint, mode, tasks, options.seconds)
-                        result = await trio.to_thread.run_sync(race, *arguments)
+                        result = await run(python, peer, server.endpoint, mode, tasks, options.seconds)
                         if result is not None:
                             runs[peer].append(result)
                 ours = show(mode, tasks, OURS, runs.pop(OURS), 0.0)
@@ -134,14 +98,11 @@ async def hand_over_goal(python: str, endpoint: str, options: argparse.Namespace
     bare: list[float] = []
     ours: dict[int, list[float]] = {tasks: [] for tasks in counts if tasks > 1}
     for _ in range(options.rounds):
-        arguments = (python, OURS, endpoint, "baseline", 1, options.seconds)
-        result = await trio.to_thread.run_sync(race, *arguments)
+        result = await run(python, OURS, endpoint, "baseline", 1, options.seconds)
         if result:
             bare.append(2 * quantile(result["puts"], 0.5) + quantile(result["events"], 0.5))
         for tasks, samples in ours.items():
-            result = await trio.to_thread.run_sync(
-                race, python, OURS, endpoint, "contended", tasks, options.seconds
-            )
+            result = await run(python, OURS, endpoint, "contended", tasks, options.seconds)
             if result:
                 samples.append(quantile(result["samples"], 0.5))
     goal = statistics.median(bare) * 1.5
@@ -155,9 +116,5 @@ async def hand_over_goal(python: str, endpoint: str, options: argparse.Namespace
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--tasks", default="1,16,128")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--environments", type=Path, default=HERE / ".environments")
+    add_options(parser, list(PEERS))
     trio.run(main, parser.parse_args())

@@ -11,15 +11,19 @@ class Race:
     """
     Counts and times what tasks do until the time is over.
 
-    `mode` "cycle": every task takes and releases a lock of its own; a sample is one cycle. `mode`
+    Locks, `mode` "cycle": every task takes and releases a lock of its own; a sample is one cycle. `mode`
     "contended": all take turns on one lock; a sample is the time from asking to release until the next
     holder has it.
+
+    State: a sample is one operation, from call to answer. With a fifth argument, a Unix time, the race begins
+    then: so several processes begin at once.
     """
 
     def __init__(self) -> None:
-        self.endpoint, self.mode, tasks, seconds = sys.argv[1:5]
+        self.endpoint, self.mode, tasks, seconds, *begins_at = sys.argv[1:]
         self.tasks = int(tasks)
-        self.run_id = f"{time.time_ns():x}"
+        self._begins_at = float(begins_at[0]) if begins_at else 0.0
+        self.run_id = begins_at[0] if begins_at else f"{time.time_ns():x}"
         self.seconds = float(seconds)
         self.counts = [0] * self.tasks
         self.samples: list[float] = []
@@ -30,6 +34,7 @@ class Race:
         return f"bench-{self.run_id}-{task if self.mode == 'cycle' else 'shared'}"
 
     def start(self) -> None:
+        time.sleep(max(0.0, self._begins_at - time.time()))
         self._began, self._cpu = time.perf_counter(), time.process_time()
         self._ends = self._began + self.seconds
 
@@ -49,6 +54,10 @@ class Race:
     def released(self, asked_at: float) -> None:
         if self.mode == "cycle":
             self.samples.append(time.perf_counter() - asked_at)
+
+    def done(self, task: int, asked_at: float) -> None:
+        self.counts[task] += 1
+        self.samples.append(time.perf_counter() - asked_at)
 
     def report(self, **more: object) -> None:
         seconds = time.perf_counter() - self._began
