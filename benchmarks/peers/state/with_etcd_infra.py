@@ -12,7 +12,7 @@ import time
 import trio
 from common import Race
 
-from etcd_infra import open_coordinator, open_etcd
+from etcd_infra import Consistency, open_coordinator, open_etcd
 from etcd_infra.abc import Compare, KeyRange, Put, Range, Txn
 
 
@@ -24,6 +24,8 @@ async def operation(race, infra, task):
     await infra.state.set(key, "x" * 100)
     if race.mode == "get":
         return lambda: infra.state.get(key)
+    if race.mode == "stale get":
+        return lambda: infra.state.get(key, consistency=Consistency.SERIALIZABLE)
     return lambda: infra.state.set(key, "y" * 100)
 
 

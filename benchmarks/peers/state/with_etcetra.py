@@ -17,7 +17,7 @@ async def operation(race, communicator, task):
     key = f"bench/{race.run_id}/{task}"
     await communicator.put(key, "x" * 100)
     if race.mode == "get":
-        return lambda: communicator.get(key, serializable=False)
+        return lambda: communicator.get(key)
     return lambda: communicator.put(key, "y" * 100)
 
 
