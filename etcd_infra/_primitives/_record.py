@@ -30,7 +30,7 @@ from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, KeyValue, Op,
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._groups import in_groups
 from etcd_infra._primitives.operations import TransactionStatus
-from etcd_infra.errors import OutcomeUnknownError, UnavailableError
+from etcd_infra.errors import EtcdError, OutcomeUnknownError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,8 @@ async def decide(  # noqa: PLR0913
         earlier_copies: A commit was sent before and may have been applied.
 
     Raises:
-        OutcomeUnknownError: the record has ended with its lease, and a commit may have been applied before.
+        OutcomeUnknownError: a commit may have been applied, and the record has ended with its lease, or etcd
+            refuses the next copy.
         EtcdError: etcd refuses the request; nothing was written.
 
     Cancellation:
@@ -127,6 +128,12 @@ async def decide(  # noqa: PLR0913
             await trio.sleep(delay(failures, session.random.random()))
             failures += 1
             continue
+        except EtcdError as error:
+            if not unanswered:
+                raise
+            # This copy was refused; the one without an answer may have been applied, or may still be.
+            msg = f"the commit of a transaction whose next copy was refused ({error})"
+            raise OutcomeUnknownError(msg, request.written_keys) from error
         if answer.succeeded:
             return Verdict(status, answer.revision)
         found = answer.results[0]

@@ -6,8 +6,7 @@ Keys
     ``{ns}intent/{key}``  the id, on that lease: no writer of this library changes the state key meanwhile.
 
 Algorithm
-    1. Prepare: read the keys, fold the operations (see `_fold`), then ``[slot, versions as read, no intent] →
-       [put record, put intents, put slot]``. Others' intents are waited for; changed keys are read again.
+    1. Prepare: the keys are promised to it, all at one revision (see `_promise`).
     2. Commit: ``[mod(record)==R, versions as read] → [writes, delete intents, record = COMMITTED] else
        [record]``.
     3. Roll back: the same without writes, ROLLED_BACK. Whoever is blocked writes TIMEOUT, the same way, once
@@ -33,32 +32,32 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._etcd.model import KeyValue, Put
-from etcd_infra._policy.backoff import delay
-from etcd_infra._primitives._budget import check_txn, fit
-from etcd_infra._primitives._cas import Committed, commit
-from etcd_infra._primitives._fold import bind, fold
-from etcd_infra._primitives._folded import change_of, read_at_once, versions_in
-from etcd_infra._primitives._record import Record, Verdict, decide, verdict_request
+from etcd_infra._primitives._fold import bind
+from etcd_infra._primitives._promise import Promising, lease_of_its_own
+from etcd_infra._primitives._record import Verdict, decide
 from etcd_infra._primitives.operations import TransactionResult, TransactionStatus
-from etcd_infra._session.granting import grant
-from etcd_infra._session.own_lease import OwnLease
 from etcd_infra._session.ttl import check_ttl
-from etcd_infra.errors import ConflictError, EtcdError, NotHeldError, StorageFullError, TransactionTimeoutError
+from etcd_infra.errors import (
+    ConflictError,
+    EtcdError,
+    NotHeldError,
+    OutcomeUnknownError,
+    StorageFullError,
+    TransactionTimeoutError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
     from contextlib import AbstractAsyncContextManager
 
-    from etcd_infra._primitives._cas import Change
-    from etcd_infra._primitives._fold import Bound, Folded
+    from etcd_infra._primitives._promise import Promise
     from etcd_infra._primitives._space import Space
     from etcd_infra._primitives.operations import Operation
+    from etcd_infra._session.own_lease import OwnLease
     from etcd_infra._session.session import Session
 
 logger = logging.getLogger("etcd_infra.transaction")
@@ -80,7 +79,7 @@ class TwoPhaseTransaction:
         self._began = session.clock.now()
         self._operations: list[Operation] = []
         self._own: OwnLease | None = None
-        self._promise: _Promise | None = None
+        self._promise: Promise | None = None
         self._commit_was_sent = False
         self.transaction_id = f"{space.random.getrandbits(64):016x}"
         self.status = TransactionStatus.PENDING
@@ -143,7 +142,8 @@ class TwoPhaseTransaction:
         Raises:
             TransactionTimeoutError: its time was over, or somebody who was blocked said so; nothing changed.
             ConflictError: a foreign writer has changed one of the keys; status FAILED, nothing was changed.
-            OutcomeUnknownError: no answer came until the record had ended with its lease.
+            OutcomeUnknownError: no answer came until the record had ended with its lease, or etcd refused the
+                next copy.
             NotHeldError: it is not prepared.
             EtcdError: etcd refuses the request; nothing was written.
 
@@ -192,8 +192,6 @@ class TwoPhaseTransaction:
             try:
                 await self._decide(self._promise, TransactionStatus.ROLLED_BACK)
             except StorageFullError:
-                if self._commit_was_sent:
-                    raise
                 await self._end_lease()  # it has no put, and takes everything along
                 self.status = TransactionStatus.ROLLED_BACK
         if self.status is TransactionStatus.COMMITTED:
@@ -230,70 +228,31 @@ class TwoPhaseTransaction:
         if own is not None:
             await own.end(until=self._session.clean_up_deadline() if until is None else until)
 
-    async def _prepare(self) -> _Promise:
-        space = self._space
-        bound = bind(self._operations, space)
-        targets = tuple(dict.fromkeys(one.target for one in bound))
-        # Whatever will be read: what is over the budget is so already.
-        self._request(fold(bound, dict.fromkeys(targets), space), lease=1)
-        session = await space.sessions.current()
-        lease = await grant(session.backend, session.clock, session.random, ttl=self._ttl)
-        self._own = OwnLease(session, lease)
-        self._own.stop()
-        failures = 0
-        while True:
-            folded = fold(bound, await read_at_once(space, targets), space)
-            record, change = self._request(folded, lease.id)
-            outcome = await commit(space.sessions, space.keys, change)
-            if isinstance(outcome, Committed):
-                key = space.keys.transaction(self.transaction_id)
-                kv = KeyValue(key, mod_revision=outcome.revision, lease=lease.id)
-                return _Promise(kv, record, bound, folded)
-            folded.raise_conflict(versions_in(folded, outcome.reads), bound)
-            await trio.sleep(delay(failures, space.random.random()))
-            failures += 1
+    async def _prepare(self) -> Promise:
+        promising = Promising(self._space, self._session, self.transaction_id, self._operations, self._ttl)
+        self._own = await lease_of_its_own(self._space, self._ttl)
+        return await promising.make(self._own.lease.id)
 
-    def _request(self, folded: Folded, lease: int) -> tuple[Record, Change]:
-        """Render the promise, if it and the commit after it are within etcd's budget."""
-        keys, session = self._space.keys, self._session
-        names = [name for target in folded.writes if (name := keys.parse_state(target)) is not None]
-        record = Record(
-            TransactionStatus.PREPARED, tuple(names), session.node_id, session.clock.wall(), self._ttl
-        )
-        note = self.transaction_id.encode()
-        kept = Put(keys.transaction(self.transaction_id), record.to_json(record.status), lease=lease)
-        intents = [Put(keys.intent_of(keys.state(name)), note, lease=lease) for name in names]
-        change = fit(replace(change_of(folded, note, None), ops=(kept, *intents)))
-        kv = KeyValue(kept.key, lease=lease)
-        status = TransactionStatus.COMMITTED
-        writes, conditions = tuple(folded.writes.values()), folded.conditions
-        check_txn(verdict_request(keys, kv, record, status, writes=writes, conditions=conditions))
-        return record, change
-
-    async def _decide(self, promise: _Promise, status: TransactionStatus) -> Verdict:
+    async def _decide(self, promise: Promise, status: TransactionStatus) -> Verdict:
         committing = status is TransactionStatus.COMMITTED
         earlier, self._commit_was_sent = self._commit_was_sent, self._commit_was_sent or committing
-        verdict = await decide(
-            self._session,
-            promise.kv,
-            promise.record,
-            status,
-            writes=tuple(promise.folded.writes.values()) if committing else (),
-            conditions=promise.folded.conditions if committing else (),
-            earlier_copies=earlier,
-        )
+        try:
+            verdict = await decide(
+                self._session,
+                promise.kv,
+                promise.record,
+                status,
+                writes=tuple(promise.folded.writes.values()) if committing else (),
+                conditions=promise.folded.conditions if committing else (),
+                earlier_copies=earlier,
+            )
+        except OutcomeUnknownError:
+            raise
+        except EtcdError:
+            self._commit_was_sent = earlier  # this one was refused, and no copy of it is on its way
+            raise
         self.status = verdict.status
         return verdict
-
-
-@dataclass(frozen=True, slots=True)
-class _Promise:
-    """What was prepared: the record's key and revision, its content, and what the commit will write."""
-
-    kv: KeyValue
-    record: Record
-    bound: Sequence[Bound]
-    folded: Folded
 
 
 def begin(space: Space, *, ttl: int = 30) -> AbstractAsyncContextManager[TwoPhaseTransaction]:

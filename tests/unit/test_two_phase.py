@@ -18,6 +18,7 @@ from etcd_infra import (
     NotHeldError,
     OutcomeUnknownError,
     Set,
+    StorageFullError,
     TransactionStatus,
     TransactionTimeoutError,
 )
@@ -564,12 +565,59 @@ async def test_commit_that_can_not_be_settled_is_unknown(etcd, autojump_clock):
         assert {"a": b"1"} == values(etcd)
 
 
-async def test_full_store_lets_go(infra, etcd):
-    """With etcd's quota used up a rollback still works: the lease is revoked."""
+async def test_session_lost_while_the_lease_is_granted(etcd, autojump_clock):
+    """The session ends while prepare waits for its lease: it goes on with the next one, and commits."""
+    node = etcd.node("one")
+    async with open_infra(node, ttl=3) as infra, infra.begin(ttl=60) as tx:
+        session = infra.session
+        tx.add(Set("a", 1))
+        async with open_background() as background:
+
+            async def cut() -> None:
+                node.partition()
+                await trio.sleep(10)
+                node.heal()
+
+            background.start_soon(cut)
+            await tx.prepare()
+        assert session.lease.is_lost()
+        await tx.commit()
+    assert {"a": b"1"} == values(etcd)
+    assert [] == left(etcd)
+
+
+@pytest.mark.parametrize("fault", ["lose_next_answer", "lose_next_request", "late"])
+async def test_commit_without_an_answer_and_then_refused_is_unknown(etcd, autojump_clock, fault):
+    """A commit's answer is missing and its second copy is refused (no space): nobody says that it was not applied."""
+    faulty = FaultyBackend(etcd.node("one"))
+    async with open_infra(faulty, ttl=300) as infra, infra.begin(ttl=30) as tx:
+        tx.add(Set("a", 1))
+        await tx.prepare()
+        strike(faulty, fault)
+        etcd.store.full = fault == "lose_next_request"
+        async with open_background() as background:
+
+            async def fill() -> None:
+                while fault == "lose_next_answer" and "a" not in values(etcd):
+                    await trio.sleep(0.0001)
+                etcd.store.full = True
+
+            background.start_soon(fill)
+            with pytest.raises(OutcomeUnknownError):
+                await tx.commit()
+        etcd.store.full = False
+
+
+@pytest.mark.parametrize("commits", [False, True])
+async def test_full_store_lets_go(infra, etcd, commits):
+    """With etcd's quota used up a rollback still works, also after a commit that was refused: the lease is revoked."""
     async with infra.begin() as tx:
         tx.add(Set("a", 1))
         await tx.prepare()
         etcd.store.full = True
+        if commits:
+            with pytest.raises(StorageFullError):
+                await tx.commit()
         await tx.rollback()
         assert ROLLED_BACK is tx.status
     assert [] == keys(etcd, b"test/intent/")
