@@ -53,7 +53,7 @@ mutants *ARGS:
 # Branch coverage of the package.
 cov:
     {{python}} -m pip install -q coverage
-    {{python}} -m coverage run -m pytest
+    {{python}} -m coverage run -m pytest -n 0
     {{python}} -m coverage report
 
 # A throw-away etcd in the foreground.
