@@ -21,7 +21,19 @@ from tests.mutants import EVERY_MUTANT
 from tests.mutants.mutant import ROOT
 
 TIME_LIMIT_SECONDS = 60
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", "-p", "no:cacheprovider", "-m", "not slow and not real"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-n",
+    "0",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "not slow and not real",
+]
 FAILED = 1
 
 
