@@ -7,12 +7,19 @@ from etcd_infra._etcd.calls import Call
 from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._hold import Hold, LockStatus
 from etcd_infra._primitives._listing import Listing
+from etcd_infra._primitives._roll import Member
 from etcd_infra._primitives._run import Transaction
 from etcd_infra._primitives.counter import Counter
+from etcd_infra._primitives.election import Election
 from etcd_infra._primitives.entry import DELETE, CasResult, Consistency, Entry
 from etcd_infra._primitives.fence import Fence
+from etcd_infra._primitives.leader_state import LeaderState, LeaderStatus, Quorum
+from etcd_infra._primitives.leader_watch import Leader, LeaderWatch
+from etcd_infra._primitives.leadership import Leadership
 from etcd_infra._primitives.lock import Lock, Renewal
 from etcd_infra._primitives.lock_info import LockInfo
+from etcd_infra._primitives.member_watch import MemberChange, MemberEvent, MemberWatch
+from etcd_infra._primitives.members import Members
 from etcd_infra._primitives.operations import (
     Cas,
     Decrement,
@@ -29,6 +36,7 @@ from etcd_infra._primitives.state_info import StateInfo
 from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
 from etcd_infra._primitives.stm import Isolation
 from etcd_infra._primitives.transaction_info import TransactionInfo
+from etcd_infra._primitives.transitions import Transition, TransitionKind
 from etcd_infra._primitives.two_phase import TwoPhaseTransaction
 from etcd_infra._primitives.write_behind import WriteBehind
 from etcd_infra._session.keepalive import SessionStatus
@@ -83,6 +91,7 @@ __all__ = [
     "Counter",
     "Decrement",
     "Delete",
+    "Election",
     "Entry",
     "EtcdError",
     "EtcdInfraError",
@@ -97,6 +106,11 @@ __all__ = [
     "InvalidAnswerError",
     "InvalidRequestError",
     "Isolation",
+    "Leader",
+    "LeaderState",
+    "LeaderStatus",
+    "LeaderWatch",
+    "Leadership",
     "LeadershipLostError",
     "LeaseExistsError",
     "LeaseInfo",
@@ -107,11 +121,17 @@ __all__ = [
     "LockLostError",
     "LockStatus",
     "LostError",
+    "Member",
+    "MemberChange",
+    "MemberEvent",
+    "MemberWatch",
+    "Members",
     "MessagesLostError",
     "NotHeldError",
     "Operation",
     "OperationResult",
     "OutcomeUnknownError",
+    "Quorum",
     "RateLimitedError",
     "Renewal",
     "Session",
@@ -132,6 +152,8 @@ __all__ = [
     "TransactionResult",
     "TransactionStatus",
     "TransactionTimeoutError",
+    "Transition",
+    "TransitionKind",
     "TwoPhaseTransaction",
     "UnavailableError",
     "WriteBehind",

@@ -15,10 +15,13 @@ from etcd_infra._etcd.backend import Backend
 from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._policy.codec import JSON, Codec
+from etcd_infra._primitives._candidacy import Candidacies
 from etcd_infra._primitives._space import Space
 from etcd_infra._primitives._ttl_leases import TtlLeases
 from etcd_infra._primitives.counter import Combiners, Counter
+from etcd_infra._primitives.election import Election
 from etcd_infra._primitives.lock import Lock, Renewal
+from etcd_infra._primitives.members import Members
 from etcd_infra._primitives.state import State
 from etcd_infra._primitives.stm import Isolation, transact
 from etcd_infra._primitives.transaction import execute
@@ -74,8 +77,9 @@ class Coordinator:
         keys: Keys,
         sessions: CurrentSession,
         space: Space,
-        combiners: Combiners,
         *,
+        combiners: Combiners,
+        candidacies: Candidacies,
         node_id: str,
         metrics: Metrics,
     ) -> None:
@@ -87,6 +91,7 @@ class Coordinator:
         self._sessions = sessions
         self._space = space
         self._combiners = combiners
+        self._candidacies = candidacies
         self._metrics = metrics
 
     def __repr__(self) -> str:
@@ -141,6 +146,14 @@ class Coordinator:
             renewal=renewal,
             on_renewal_failure=on_renewal_failure,
         )
+
+    def election(self, name: str, *, quorum: int = 1) -> Election:
+        """Return the election `name`; see `Election`."""
+        return Election(self._candidacies.of(name), quorum=quorum)
+
+    def members(self, name: str) -> Members:
+        """Return the members of the group, or the election, `name`; see `Members`."""
+        return Members(self._sessions, self._keys, name)
 
     def counter(self, name: str) -> Counter:
         """Return the counter `name`; see `Counter`."""
@@ -234,7 +247,17 @@ async def open_coordinator(  # noqa: PLR0913
         await background.start(sessions.run)
         space = Space(observed, sessions, keys, codec, draws, metrics.tally, TtlLeases())
         combiners = Combiners(space, background)
-        yield Coordinator(observed, keys, sessions, space, combiners, node_id=name, metrics=metrics)
+        candidacies = Candidacies(sessions, keys, background)
+        yield Coordinator(
+            observed,
+            keys,
+            sessions,
+            space,
+            combiners=combiners,
+            candidacies=candidacies,
+            node_id=name,
+            metrics=metrics,
+        )
 
 
 def _sessions(  # noqa: PLR0913, PLR0917

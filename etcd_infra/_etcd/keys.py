@@ -3,9 +3,9 @@ The key layout: the only module that knows which key belongs to what.
 
 It renders full keys. A *segment* is a user's name in UTF-8 with `%`, `/` and control characters
 percent-encoded, so that no name is ever the prefix of another name's keys; lease ids are lower-case hex
-without padding, as etcd's Go client writes them. The layout of locks is that of etcd's Go `concurrency`
-package: a line is a prefix, the place in it is the create revision, the rest of the key is free. Nothing
-else may ever live under `lock/{name}/`.
+without padding, as etcd's Go client writes them. The layout of locks
+and elections is that of etcd's Go `concurrency` package: a line is a prefix, the place in it is the create
+revision, the rest of the key is free. Nothing else may ever live under `lock/{name}/` and `election/{name}/`.
 """
 
 from __future__ import annotations
@@ -94,10 +94,35 @@ class Keys:
 
     def parse_lock(self, key: bytes) -> str | None:
         """Return the lock's name of a key in a line, None for other keys."""
-        segment, slash, _ = key.removeprefix(self.locks).partition(b"/")
-        if not (key.startswith(self.locks) and slash and segment):
-            return None
-        return decode_segment(segment.decode(errors="surrogateescape"))
+        return _name_of_line(key, self.locks)
+
+    # ── elections and members ───────────────────────────────────────────────────────────────────
+
+    @property
+    def elections(self) -> bytes:
+        """The prefix of all elections' lines."""
+        return self.root + b"election/"
+
+    def election_line(self, name: str) -> bytes:
+        """The prefix of one election's line; `etcdctl elect` takes it without the last slash."""
+        return self.elections + encode_segment(name).encode() + b"/"
+
+    def parse_election(self, key: bytes) -> str | None:
+        """Return the election's name of a key in a line, None for other keys."""
+        return _name_of_line(key, self.elections)
+
+    @property
+    def members(self) -> bytes:
+        """The prefix of the members of all groups."""
+        return self.root + b"member/"
+
+    def member_line(self, name: str) -> bytes:
+        """The prefix of one group's members: JSON node id and metadata, each on its session's lease."""
+        return self.members + encode_segment(name).encode() + b"/"
+
+    def parse_member(self, key: bytes) -> str | None:
+        """Return the group's name of a member's key, None for other keys."""
+        return _name_of_line(key, self.members)
 
     # ── state ───────────────────────────────────────────────────────────────────────────────────
 
@@ -174,6 +199,13 @@ def place(line: bytes, lease: int, number: int) -> bytes:
 def place_lease(key: bytes) -> int | None:
     """Return the lease in the name of a key in a line: ours (`{hex}-{n}`) or Go's (`{hex}`)."""
     return _hex(key.rpartition(b"/")[2].partition(b"-")[0])
+
+
+def _name_of_line(key: bytes, prefix: bytes) -> str | None:
+    segment, slash, _ = key.removeprefix(prefix).partition(b"/")
+    if not (key.startswith(prefix) and slash and segment):
+        return None
+    return decode_segment(segment.decode(errors="surrogateescape"))
 
 
 def _hex(text: bytes) -> int | None:

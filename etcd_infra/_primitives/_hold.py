@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import trio
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from etcd_infra._primitives.fence import Fence
     from etcd_infra._session.own_lease import OwnLease
     from etcd_infra._session.session import Session
+    from etcd_infra.errors import LostError
 
 logger = logging.getLogger("etcd_infra.lock")
 
@@ -45,6 +46,8 @@ class Hold:
         fence: The proof to put into writes; worthless once the hold has ended.
     """
 
+    lost_error: ClassVar[type[LostError]] = LockLostError
+
     def __init__(
         self,
         session: Session,
@@ -66,7 +69,7 @@ class Hold:
         self._guarded = place.watch.guard(place.key, place.token, self._on_key_gone)
 
     def __repr__(self) -> str:
-        return f"<Hold {self.fence.resource!r} token={self.token} {self.status}>"
+        return f"<{type(self).__name__} {self.fence.resource!r} token={self.token} {self.status}>"
 
     @property
     def token(self) -> int:
@@ -200,7 +203,7 @@ class Hold:
         self._overdue = overdue
         self._lease.on_overdue.append(overdue)
 
-    async def finish(self) -> LockLostError | None:
+    async def finish(self) -> LostError | None:
         """Leave the line; return the loss if the hold was lost before (then nothing else was given back)."""
         self._guarded.forget()
         if self._overdue is not None:
@@ -234,12 +237,15 @@ class Hold:
     def _on_key_gone(self) -> None:
         self._key_gone = True
         self._lease.examine()
+        self._cancel_body()
+
+    def _cancel_body(self) -> None:
         for scope in tuple(self._scopes):
             scope.cancel()
 
-    def _loss(self, status: LockStatus) -> LockLostError:
+    def _loss(self, status: LockStatus) -> LostError:
         reasons = {
             LockStatus.EXPIRED: f"its lease is lost: {self._lease.error or self._session.lease.error}",
             LockStatus.FENCED: "its key was deleted under a living lease",
         }
-        return LockLostError(f"{self.fence.resource!r} (token {self.token}): {reasons[status]}")
+        return self.lost_error(f"{self.fence.resource!r} (token {self.token}): {reasons[status]}")

@@ -27,17 +27,23 @@ from etcd_infra.errors import EtcdError, LockLostError, SessionLostError, Unavai
 if TYPE_CHECKING:
     from typing import Self
 
+    from etcd_infra._etcd.model import Compare
     from etcd_infra._primitives._waitqueue import Place
 
 
 LOOK_AGAIN_SECONDS: Final = 30.0
 
 
-async def come_first(place: Place) -> None:
+async def come_first(place: Place, conditions: tuple[Compare, ...] = ()) -> None:
     """
     Join the line, and wait until it is the turn of `place`.
 
+    Args:
+        place: Not in line yet.
+        conditions: As for `Place.join`.
+
     Raises:
+        NotAdmittedError: the conditions do not hold.
         LockLostError: the place was deleted.
         SessionLostError: the place went with the session.
         StorageFullError, AccessDeniedError: etcd refuses; the line may not be watched.
@@ -50,13 +56,13 @@ async def come_first(place: Place) -> None:
         nor for the first one while this process watches its lines already.
     """
     is_watching = place.watch.is_open
-    if not is_watching and await place.join():
+    if not is_watching and await place.join(conditions):
         return
     with _Turn(place) as turn:
         if is_watching:
             # Listened to since before the join, its answer is as good as a look.
             turn.listen(place.line.key)
-            if await place.join():
+            if await place.join(conditions):
                 return
         ahead = place.ahead if is_watching else None
         place.waited = True

@@ -66,6 +66,10 @@ if TYPE_CHECKING:
     from etcd_infra._session.session import Session
 
 
+class NotAdmittedError(Exception):
+    """The conditions of a join do not hold: not in line, and no copy of the join will be."""
+
+
 class Place:
     """
     One place in a line.
@@ -96,11 +100,16 @@ class Place:
 
     # ── joining ─────────────────────────────────────────────────────────────────────────────────
 
-    async def join(self) -> bool:
+    async def join(self, conditions: tuple[Compare, ...] = ()) -> bool:
         """
         Stand in line; return whether it is my turn already.
 
+        Args:
+            conditions: What must hold when the place is taken; compares that are false for ever once they
+                are false, such as those on create revisions.
+
         Raises:
+            NotAdmittedError: they do not hold.
             SessionLostError, StorageFullError, EtcdError: not in line, or not any more.
 
         Cancellation:
@@ -111,7 +120,9 @@ class Place:
         """
         # etcd: sorting reads the whole line; so does its Go client's join.
         last_two = Range(self.line, sort_by=SortTarget.CREATE, descending=True, keys_only=True, limit=2)
-        answer = await self._enter((), (last_two,), (last_two,))
+        answer = await self._enter(conditions, (last_two,), (last_two,))
+        if not self.token and conditions:
+            raise NotAdmittedError
         if not self.token:
             # Nothing but a generation from the future refuses an unconditional join for good.
             self.session.lose(StoreResetError(f"the store is behind our own session key: {answer}"))

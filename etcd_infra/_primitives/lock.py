@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -42,6 +43,7 @@ import trio
 from etcd_infra._etcd.model import Compare, KeyRange, Range, SortTarget, Txn
 from etcd_infra._primitives._fenced import fenced
 from etcd_infra._primitives._hold import Hold, LockStatus
+from etcd_infra._primitives._owner import check_not_owner, take_once
 from etcd_infra._primitives._turn import come_first
 from etcd_infra._primitives._waitqueue import Place
 from etcd_infra._primitives.fence import Fence
@@ -177,25 +179,12 @@ class Lock:
 
     async def _acquire(self, *, wait: bool) -> Hold | None:
         session = await self._sessions.current()
-        owner = (self._line, trio.lowlevel.current_task())
-        if owner in session.owners and ((held := session.owners[owner]) is None or held.is_held()):
-            msg = f"this task holds {self!r}, or waits for it, already"
-            raise RuntimeError(msg)
-        session.owners[owner] = None
-        hold: Hold | None = None
+        check_not_owner(session, self._line, self)
         try:
-            with session.tether():
-                hold = await self._take(session, wait=wait)
-            if hold is None:
-                session.check()
+            hold = await take_once(session, self._line, partial(self._take, session, wait=wait))
         except Exception:
             self._failed = True
             raise
-        finally:
-            if hold is None:
-                del session.owners[owner]
-        if hold is not None:
-            hold.own(owner)
         self._latest, self._failed = hold or self._latest, False
         return hold
 

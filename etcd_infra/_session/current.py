@@ -23,6 +23,11 @@ logger = logging.getLogger("etcd_infra.session")
 class SessionSource(Protocol):
     """Where a primitive gets its session from: a `Session` itself, or one that is replaced when lost."""
 
+    @property
+    def session(self) -> Session | None:
+        """The session of this moment, perhaps a lost one; None while it is being replaced."""
+        ...
+
     async def current(self) -> Session:
         """Return a living session; wait for it, or raise `SessionLostError` if there will be none."""
         ...

@@ -85,6 +85,7 @@ class LivingLease:
         self.lost = trio.Event()
         self.closed = False
         self.on_overdue: list[Callable[[Exception], None]] = []
+        self.on_status: dict[Callable[[], None], None] = {}
 
     # ── trust ───────────────────────────────────────────────────────────────────────────────────
 
@@ -105,11 +106,11 @@ class LivingLease:
         """End it for this process; scopes tied to it are cancelled. The first reason stays."""
         if self.status is SessionStatus.LOST:
             return
-        self.status = SessionStatus.LOST
         self.error = error
         self.lost.set()
         for tether in tuple(self._tethers):
             tether.scope.cancel()
+        self._become(SessionStatus.LOST)
 
     def prove(self, sent_at: Instant, ttl: int) -> None:
         """Take a renewal's answer in; it moves every deadline, but never revives."""
@@ -119,7 +120,7 @@ class LivingLease:
         self._trusted = ttl - margin(ttl)
         if sent_at.monotonic >= self._proven_at.monotonic:
             self._proven_at = sent_at
-        self.status = SessionStatus.ALIVE
+        self._become(SessionStatus.ALIVE)
         self.refresh()
 
     def refresh(self) -> None:
@@ -142,6 +143,12 @@ class LivingLease:
     def untie(self, tether: Tether) -> None:
         """Undo `tie`."""
         self._tethers.pop(tether, None)
+
+    def _become(self, status: SessionStatus) -> None:
+        if self.status is not status:
+            self.status = status
+            for listener in tuple(self.on_status):
+                listener()
 
     # ── renewal ─────────────────────────────────────────────────────────────────────────────────
 
@@ -244,7 +251,7 @@ class LivingLease:
         self.highest_revision = max(self.highest_revision, revision)
 
     def _overdue(self, error: Exception, *, first: bool) -> None:
-        self.status = SessionStatus.SUSPENDED
+        self._become(SessionStatus.SUSPENDED)
         if not first:
             return
         logger.warning("lease %x: a renewal is overdue (%s); %.1f s left", self.id, error, self.remaining())

@@ -140,6 +140,11 @@ class Session:
         if self.lease.is_lost():
             raise SessionLostError(str(self.lease.error)) from self.lease.error
 
+    @property
+    def session(self) -> Session:
+        """This session: see `SessionSource`."""
+        return self
+
     async def current(self) -> Session:
         """Return this session: a plain session is its own only one."""
         await trio.lowlevel.checkpoint_if_cancelled()

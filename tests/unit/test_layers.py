@@ -60,7 +60,13 @@ ONLY_IN = {
     "time": {"_session/clock.py", "_inspect", "_backends/grpcio_channel.py"},
 }
 # Composite primitives: what they are made of.
-PARTS = {"_state_reading.py": {"state_watch"}}
+PARTS = {
+    "_state_reading.py": {"state_watch"},
+    "members.py": {"member_watch"},
+    "transitions.py": {"leadership"},
+    "_candidacy.py": {"leadership", "members"},
+    "election.py": {"leader_state", "leader_watch", "leadership", "members", "transitions"},
+}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
