@@ -503,7 +503,9 @@ async def test_who_lacks_a_quorum_is_not_in_line(etcd, autojump_clock):
         assert 2 == len(members(etcd))
         state = await infras[0].election("job", quorum=3).status()
         assert (LeaderStatus.PARTITIONED, ("node-0", "node-1")) == (state.status, state.quorum.members)
-        async with infras[2].members("job").register(), infras[0].members("job").register():
+        async with AsyncExitStack() as stack:
+            for infra in infras:
+                await stack.enter_async_context(infra.members("job").register())
             await trio.sleep(5)
             assert 2 == len(terms)
         nursery.cancel_scope.cancel()
