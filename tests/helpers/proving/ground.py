@@ -13,7 +13,7 @@ import trio
 from etcd_infra import open_etcd
 from etcd_infra.abc import KeyRange, Range
 from etcd_infra.testing import EtcdCluster
-from tests.helpers.proving import lock_history
+from tests.helpers.proving import line_history
 from tests.helpers.proving.nemesis import Nemesis
 from tests.helpers.proving.observing import Observation, one_truth
 from tests.helpers.proving.workers import Crew
@@ -36,6 +36,12 @@ class Show:
     rest: float = 0.02
     seed: int = 1
     patience: float = 90.0
+    of: str = "lock"
+
+    @property
+    def lines(self) -> str:
+        """The prefix of all lines that the processes stand in."""
+        return f"{NAMESPACE}/{self.of}/"
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ async def prove(program, directory, show: Show) -> Outcome:
         "namespace": NAMESPACE,
         "ttl": show.ttl,
         "rest": show.rest,
+        "of": show.of,
         "locks": [f"job-{number}" for number in range(show.locks)],
     }
     crew = Crew(directory, options)
@@ -111,7 +118,7 @@ async def _on_stage(cluster, crew, show, directory, began):
                 await trio.sleep(0.05)
         nursery.cancel_scope.cancel()
     (directory / "nemesis.json").write_text(json.dumps(nemesis.diary, indent=1))
-    return _judge(observations, crew, nemesis, wrong, time.monotonic() - began)
+    return _judge(show, observations, crew, nemesis, wrong, time.monotonic() - began)
 
 
 async def _open_road(cluster, task_status):
@@ -123,8 +130,10 @@ async def _open_road(cluster, task_status):
 async def _left_over(backend, crew) -> list[str]:
     """List what is left although every lease that could remove it lives, and then what is left at the end."""
     wrong = []
-    line = Range(KeyRange.prefix(f"{NAMESPACE}/lock/".encode()))
-    if kvs := (await backend.range(line)).kvs:
+    for kind in ("lock", "election", "member"):
+        kvs = (await backend.range(Range(KeyRange.prefix(f"{NAMESPACE}/{kind}/".encode())))).kvs
+        if not kvs:
+            continue
         wrong.append(f"places are left while their sessions live: {[(kv.key, kv.value) for kv in kvs]}")
     sessions = Range(KeyRange.prefix(f"{NAMESPACE}/session/".encode()))
     living = {kv.lease for kv in (await backend.range(sessions)).kvs}
@@ -147,7 +156,7 @@ async def _left_over(backend, crew) -> list[str]:
     return [*wrong, *([f"keys are left: {strange}"] if strange else [])]
 
 
-def _judge(observations, crew, nemesis, wrong, seconds) -> Outcome:
+def _judge(show, observations, crew, nemesis, wrong, seconds) -> Outcome:
     commits, times = one_truth(observations)
     logs = {name: worker.steps() for name, worker in crew.everybody.items()}
     noisy = [
@@ -159,15 +168,15 @@ def _judge(observations, crew, nemesis, wrong, seconds) -> Outcome:
     def quiet(begin, end):
         return not any(start <= end and begin <= stop for start, stop in noisy)
 
-    ledger = lock_history.Ledger(commits)
-    handed = lock_history.hand_overs(commits, NAMESPACE)
+    ledger = line_history.Ledger(commits)
+    handed = line_history.hand_overs(commits, show.lines)
     return Outcome(
-        wrong + lock_history.check(commits, logs, NAMESPACE, quiet),
+        wrong + line_history.check(commits, logs, show.lines, quiet),
         granted=sum(step["event"] == "granted" for steps in logs.values() for step in steps),
         hand_overs=len(handed),
-        under_fault=dict(lock_history.under_fault(handed, times, nemesis.diary)),
+        under_fault=dict(line_history.under_fault(handed, times, nemesis.diary)),
         faults=dict(nemesis.counts),
-        late_leavers=len(lock_history.late_leavers(logs, ledger)),
-        waits=lock_history.waits(commits, logs, times, NAMESPACE, quiet),
+        late_leavers=len(line_history.late_leavers(logs, ledger)),
+        waits=line_history.waits(commits, logs, times, show.lines, quiet),
         seconds=seconds,
     )

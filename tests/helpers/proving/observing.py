@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from etcd_infra import open_etcd
 from etcd_infra._backends.memory_history import Commit
 from etcd_infra.abc import KeyRange
+from tests.helpers.proving import line_history
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Observation:
             self.commits[-1] = Commit(event.revision, (*self.commits[-1].events, event))
         else:
             self.commits.append(Commit(event.revision, (event,)))
-        if b"/lock/" in event.key:
+        if line_history.is_place(event.key):
             if event.is_delete:
                 self.places.pop(event.key, None)
             else:

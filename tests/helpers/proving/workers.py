@@ -14,7 +14,7 @@ import trio
 
 from etcd_infra.testing.process import ChildProcess
 
-SCRIPT = Path(__file__).with_name("lock_worker.py")
+SCRIPT = Path(__file__).with_name("worker.py")
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Ledger:
     def __post_init__(self) -> None:
         for commit in self.commits:
             for event in commit.events:
-                if b"/lock/" in event.key:
+                if is_place(event.key):
                     self._place(event)
                 elif b"/register/" in event.key and not event.is_delete:
                     self._write(event)
@@ -40,6 +40,8 @@ class Ledger:
         if event.is_delete:
             self.deleted[event.key] = event.revision
             return
+        if event.kv.mod_revision > event.kv.create_revision:
+            return  # another proposal
         if event.key in self.created:
             self.came_back.append(event.key)
         self.created[event.key] = event.kv.create_revision
@@ -53,19 +55,24 @@ class Ledger:
         self.writes[name] = event.revision
 
 
-def claim_of(namespace: str):
+def is_place(key: bytes) -> bool:
+    """Whether a key is a place in a line."""
+    return b"/lock/" in key or b"/election/" in key
+
+
+def claim_of(lines: str):
     """Say how a register's value tells under which token it was written."""
 
     def claim(event):
         if b"/register/" not in event.key:
             return None
         said = json.loads(event.kv.value)
-        return Claim(f"{namespace}/lock/{said['lock']}/".encode(), said["token"])
+        return Claim(f"{lines}{said['lock']}/".encode(), said["token"])
 
     return claim
 
 
-def grants_in(logs: dict[str, list[dict]], namespace: str) -> list[Grant]:
+def grants_in(logs: dict[str, list[dict]], lines: str) -> list[Grant]:
     """Gather every acquisition of every process, with the revisions that enclose it."""
     found = []
     for name, steps in logs.items():
@@ -76,20 +83,19 @@ def grants_in(logs: dict[str, list[dict]], namespace: str) -> list[Grant]:
             elif step["event"] == "granted":
                 # A write's answer came after the grant: so the grant was told before that revision.
                 told = next((later["revision"] for later in steps[number:] if "revision" in later), NEVER)
-                line = f"{namespace}/lock/{step['lock']}/".encode()
+                line = f"{lines}{step['lock']}/".encode()
                 found.append(Grant(line, step["token"], called, told, f"{name}, operation {step['op']}"))
     return found
 
 
-def check(commits: list[Commit], logs: dict[str, list[dict]], namespace: str, quiet) -> list[str]:
+def check(commits: list[Commit], logs: dict[str, list[dict]], lines: str, quiet) -> list[str]:
     """
     Hold the processes' logs against the history; return everything that is wrong.
 
-    `quiet(begin, end)` says whether nothing was broken from one moment to another.
+    `lines` is the prefix of all lines; `quiet(begin, end)` says whether nothing was broken from one moment to another.
     """
-    locks = f"{namespace}/lock/".encode()
-    wrong = [str(one) for one in check_fences(commits, locks, claim_of(namespace))]
-    wrong += [str(one) for one in check_grants(commits, locks, grants_in(logs, namespace))]
+    wrong = [str(one) for one in check_fences(commits, lines.encode(), claim_of(lines))]
+    wrong += [str(one) for one in check_grants(commits, lines.encode(), grants_in(logs, lines))]
     ledger = Ledger(commits)
     wrong += [f"L8: the place {key!r} came back" for key in ledger.came_back]
     wrong += [f"a write was applied twice: {name}" for name in ledger.doubled]
@@ -163,10 +169,10 @@ def _outliving(name, steps, ledger):
                 yield key, outcomes.get(this["op"], "nothing"), this["at"], following["at"]
 
 
-def hand_overs(commits: list[Commit], namespace: str) -> list[tuple[bytes, int, int]]:
+def hand_overs(commits: list[Commit], lines: str) -> list[tuple[bytes, int, int]]:
     """List each change of owner: the line, the new token, and the revision."""
     found = []
-    for line, history in turns(commits, f"{namespace}/lock/".encode()).items():
+    for line, history in turns(commits, lines.encode()).items():
         found += [(line, turn.token, turn.begin) for turn in history[1:]]
     return found
 
@@ -181,13 +187,9 @@ def under_fault(handed, times, diary) -> Counter:
     return found
 
 
-def waits(commits, logs, times, namespace, quiet) -> list[float]:
+def waits(commits, logs, times, lines, quiet) -> list[float]:
     """Measure, in quiet times, how long after its turn had come each waiting process was told so."""
-    begun = {
-        turn.token: turn.begin
-        for line in turns(commits, f"{namespace}/lock/".encode()).values()
-        for turn in line
-    }
+    begun = {turn.token: turn.begin for line in turns(commits, lines.encode()).values() for turn in line}
     told = [
         (times[begun[step["token"]]], step["at"])
         for steps in logs.values()

@@ -1,7 +1,7 @@
 """
-One process of the proving ground: takes locks again and again, writes under its fence, logs every step.
+One process of the proving ground: locks or leads again and again, writes under its fence, logs every step.
 
-``python lock_worker.py CONFIG``, one JSON object. Each step is one line of JSON in the log, with the time of the
+``python worker.py CONFIG``, one JSON object. Each step is one line of JSON in the log, with the time of the
 monotonic clock, which all processes of a machine share; a step is logged before the next one begins, so that a
 kill loses nothing but the step that was under way. When all rounds are done the process says so and keeps its
 session, until it is asked to end by SIGTERM.
@@ -31,6 +31,7 @@ class Worker:
     def __init__(self, infra, config):
         self._infra = infra
         self._name = config["name"]
+        self._turn = self.lead if config["of"] == "election" else self.lock
         self._locks = config["locks"]
         self._rounds = config["rounds"]
         self._rest = config["rest"]
@@ -56,12 +57,41 @@ class Worker:
         granted = 0
         while granted < self._rounds:
             self._operation += 1
-            granted += await self.turn()
+            granted += await self._turn()
             await trio.sleep(self._random.random() * self._rest)
         self._operation += 1
         self.say("done", revision=await self.revision())
 
-    async def turn(self):
+    async def lead(self):
+        """Campaign once, perhaps not to the end; return whether it led."""
+        name = self._random.choice(self._locks)
+        impatient = self._random.random() < 0.15
+        kind = "impatient" if impatient else "wait"
+        self.say("call", lock=name, kind=kind, revision=await self.revision())
+        self._hold = None
+        outcome = "released"
+        try:
+            with trio.CancelScope() as patience:
+                if impatient:
+                    patience.deadline = trio.current_time() + self._random.random() * 0.05
+                proposal = json.dumps({"node": self._name}).encode()
+                async with self._infra.election(name).lead(proposal) as leadership:
+                    patience.deadline = float("inf")
+                    await self.body(name, leadership)
+                    if self._random.random() < 0.3:
+                        await leadership.proclaim(proposal + b" ")
+            if patience.cancelled_caught:
+                outcome = "cancelled"
+        except LostError as error:
+            outcome = f"lost: {error}"
+        except EtcdInfraError as error:
+            outcome = f"failed: {type(error).__name__}: {error}"
+        self.say("return", outcome=outcome)
+        if self._hold is not None and outcome.startswith("lost"):
+            await self.write(name, self._hold, "late")
+        return self._hold is not None
+
+    async def lock(self):
         """Ask for a lock once, in one way or another; return whether it was granted."""
         name = self._random.choice(self._locks)
         ttl = 4 if self._random.random() < 0.1 else None
