@@ -42,10 +42,20 @@ class WatchCursor:
 
     `next_revision` is the first revision that was not yet delivered (0: not known before the first
     creation). It moves only with whole revisions: never with the header of an event answer, which may be
-    far ahead of its events, and never in the middle of fragments.
+    far ahead of its events, and never in the middle of fragments. Notifications move it, too, but what
+    they have overtaken is still delivered.
     """
 
-    __slots__ = ("_fragments", "_from_now", "_request", "creations", "dropped", "next_revision", "revision")
+    __slots__ = (
+        "_delivered",
+        "_fragments",
+        "_from_now",
+        "_request",
+        "creations",
+        "dropped",
+        "next_revision",
+        "revision",
+    )
 
     def __init__(self, request: WatchRequest, *, from_now: bool = False) -> None:
         check_watch(request)
@@ -53,6 +63,7 @@ class WatchCursor:
         self._from_now = from_now
         self._fragments: list[Event] = []
         self.next_revision = request.start_revision
+        self._delivered = request.start_revision - 1
         self.revision = 0
         self.creations = 0
         self.dropped = 0
@@ -104,6 +115,7 @@ class WatchCursor:
         self.revision = response.revision
         if self._from_now or not self.next_revision:
             self.next_revision = response.revision + 1
+            self._delivered = response.revision
         return WatchBatch(response.revision, created=True)
 
     def _events(self, response: WatchResponse) -> WatchBatch | None:
@@ -116,8 +128,9 @@ class WatchCursor:
         self.dropped += len(events) - len(fresh)
         if not fresh:
             return None
-        self.next_revision = fresh[-1].revision + 1
+        self._delivered = fresh[-1].revision
+        self.next_revision = max(self.next_revision, self._delivered + 1)
         return WatchBatch(fresh[-1].revision, tuple(fresh))
 
     def _fresh(self, events: Sequence[Event]) -> list[Event]:
-        return [event for event in events if event.revision >= self.next_revision]
+        return [event for event in events if event.revision > self._delivered]

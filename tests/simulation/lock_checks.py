@@ -154,7 +154,14 @@ def stories(run):
 
 
 class LockChecks:
-    """All checks of one run; `hits` counts for each invariant what was really checked, and when and where."""
+    """
+    All checks of one run; `hits` counts for each invariant what was really checked, and when and where.
+
+    `prefix` is that of all lines, `line_of` names the line of a lock.
+    """
+
+    prefix = KEYS.locks
+    line_of = staticmethod(KEYS.lock_line)
 
     def __init__(self, run):
         self.run = run
@@ -185,10 +192,10 @@ class LockChecks:
             began = self.run.began_at[number]
             # After a restore an owner of before may still have its key, and another one's is there again.
             mine = {story.token for story in self.stories if story.lineage == story.granted_lineage == number}
-            claim = partial(_claim_among, mine)
-            yield from check_fences([timed.commit for timed in lineage], KEYS.locks, claim)
+            claim = partial(self._claim_among, mine)
+            yield from check_fences([timed.commit for timed in lineage], self.prefix, claim)
             for timed in lineage:
-                if timed.at >= began and any(claim_of(event) for event in timed.commit.events):
+                if timed.at >= began and any(self._claim_of(event) for event in timed.commit.events):
                     self.hit("L1", timed.at, timed.origin.partition("#")[0])
 
     # ── L2, L3, L5 ──────────────────────────────────────────────────────────────────────────────
@@ -199,7 +206,7 @@ class LockChecks:
             told = [story for story in self.stories if story.granted_lineage == number == story.lineage]
             grants = [
                 Grant(
-                    KEYS.lock_line(story.lock),
+                    self.line_of(story.lock),
                     story.token,
                     story.asked_revision,
                     story.granted_revision,
@@ -207,7 +214,7 @@ class LockChecks:
                 )
                 for story in told
             ]
-            yield from check_grants([timed.commit for timed in lineage], KEYS.locks, grants)
+            yield from check_grants([timed.commit for timed in lineage], self.prefix, grants)
             for story in told:
                 for invariant in ("L2", "L3", "L5"):
                     self.hit(invariant, story.granted, story.node)
@@ -254,7 +261,7 @@ class LockChecks:
         for number, lineage in enumerate(self.run.lineages):
             for timed in lineage:
                 for event in timed.commit.events:
-                    if event.is_delete and event.prev_kv is not None and event.key.startswith(KEYS.locks):
+                    if event.is_delete and event.prev_kv is not None and event.key.startswith(self.prefix):
                         incarnation = (number, event.key, event.prev_kv.create_revision)
                         found.setdefault(incarnation, timed)
         return found
@@ -291,7 +298,7 @@ class LockChecks:
     def hand_overs(self):
         """Check that an undisturbed waiter is granted its turn at once when it comes."""
         for story in self.stories:
-            if story.granted is None or story.way in {"attempt", "manual"}:
+            if story.granted is None or story.way in {"attempt", "manual", "quorum"}:
                 continue
             turn = self._turn_began(story)
             if turn is None or turn <= story.asked:
@@ -313,7 +320,7 @@ class LockChecks:
         if story.lineage != story.granted_lineage:
             return None
         turns = self._turns(story.granted_lineage)
-        return turns.get((KEYS.lock_line(story.lock), story.token))
+        return turns.get((self.line_of(story.lock), story.token))
 
     def _turns(self, number):
         if not hasattr(self, "_all_turns"):
@@ -321,7 +328,7 @@ class LockChecks:
         if number not in self._all_turns:
             lineage = self.run.lineages[number]
             at = {timed.commit.revision: timed.at for timed in lineage}
-            history = turns([timed.commit for timed in lineage], KEYS.locks)
+            history = turns([timed.commit for timed in lineage], self.prefix)
             self._all_turns[number] = {
                 (line, turn.token): at[turn.begin]
                 for line, found in history.items()
@@ -356,7 +363,7 @@ class LockChecks:
 
     def _own_deletions(self, timed, number, held, owner):
         for event in timed.commit.events:
-            if not event.is_delete or not event.key.startswith(KEYS.locks):
+            if not event.is_delete or not event.key.startswith(self.prefix):
                 continue
             self.hit("L8", timed.at, timed.origin.partition("#")[0])
             theirs = owner.get(place_lease(event.key))
@@ -373,21 +380,19 @@ class LockChecks:
     def _lease_owners(self):
         return self.run.leases
 
+    def _claim_among(self, tokens, event):
+        claim = self._claim_of(event)
+        return claim if claim is not None and claim.token in tokens else None
 
-def _claim_among(tokens, event):
-    claim = claim_of(event)
-    return claim if claim is not None and claim.token in tokens else None
-
-
-def claim_of(event):
-    """Read under which token a fenced write was sent."""
-    if not event.key.startswith(DATA) or event.is_delete:
-        return None
-    name, token, _, _ = json.loads(event.kv.value)
-    return Claim(KEYS.lock_line(name), token)
+    def _claim_of(self, event):
+        """Read under which token a fenced write was sent."""
+        if not event.key.startswith(DATA) or event.is_delete:
+            return None
+        name, token, _, _ = json.loads(event.kv.value)
+        return Claim(self.line_of(name), token)
 
 
-def nothing_left(simulation):
+def nothing_left(simulation, prefixes=(KEYS.locks,)):
     """
     Check, while every session is open, that nothing of any acquisition is left (L6).
 
@@ -401,7 +406,7 @@ def nothing_left(simulation):
     # A copy made by a middle layer, or a key that a stranger puts back, comes after leaving: the patrol's business.
     if not kinds & STRAY_COPIES:
         for kv in store.snapshot().kvs:
-            if kv.key.startswith(KEYS.locks) and kv.lease in sessions:
+            if kv.key.startswith(prefixes) and kv.lease in sessions:
                 yield Violation("L6", f"{kv} is left although every acquisition has ended", simulation.now)
     if kinds <= CLEAN:
         for lease, _, keys in store.snapshot().leases:

@@ -61,13 +61,15 @@ def shape_from(*, nodes, seconds, locks, **others):
     return Shape(locks=tuple(locks), settings=settings_of(tuple(nodes), seconds, others["ttl"]), **others)
 
 
-def settings_of(nodes, seconds, ttl, kinds=tuple(FaultKind)):
+def settings_of(nodes, seconds, ttl, kinds=tuple(FaultKind), prefix=KEYS.locks):
     """Settle how a run goes: everybody must get through within 2 x TTL + 10 s when it is calm."""
-    return Settings(nodes=nodes, seconds=seconds, calm_seconds=2.0 * ttl + 10, prefix=KEYS.locks, kinds=kinds)
+    return Settings(nodes=nodes, seconds=seconds, calm_seconds=2.0 * ttl + 10, prefix=prefix, kinds=kinds)
 
 
 class LockProgram:
     """The program of one run; an instance is what `simulate` calls."""
+
+    ways = WAYS
 
     def __init__(self, shape):
         self.shape = shape
@@ -78,7 +80,7 @@ class LockProgram:
         while True:
             try:
                 async with self._open(process) as infra:
-                    async with trio.open_nursery() as nursery:
+                    async with self._bystanders(process, infra), trio.open_nursery() as nursery:
                         for _ in range(self.shape.tasks):
                             nursery.start_soon(self._work, process, infra)
                     process.note("resting", lease=infra.session.lease.id)
@@ -87,6 +89,10 @@ class LockProgram:
             except (EtcdError, LostError) as error:
                 process.note("refused", error=type(error).__name__)
                 await trio.sleep(0.5)
+
+    @asynccontextmanager
+    async def _bystanders(self, process, infra):
+        yield
 
     @asynccontextmanager
     async def _open(self, process):
@@ -104,7 +110,7 @@ class LockProgram:
 
     async def _work(self, process, infra):
         while not process.calm:
-            await self._round(process, infra, process.random.choice(WAYS))
+            await self._round(process, infra, process.random.choice(self.ways))
             await trio.sleep(process.random.uniform(0, self.shape.pause))
         for name in self.shape.locks:
             while not await self._round(process, infra, "block", name=name, last=True):
@@ -116,7 +122,7 @@ class LockProgram:
         name = name or draw.choice(self.shape.locks)
         self._operations += 1
         operation = self._operations
-        patience = draw.uniform(0.01, 3) if way == "in time" else 60.0
+        patience = draw.uniform(0.01, 3) if way in {"in time", "quorum"} else 60.0
         process.note("asked", operation=operation, lock=name, way=way)
         held = False
         with process.interruptible() as interrupted:

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 
 from etcd_infra.testing import Counters, Fault, FaultKind, shrink, simulate
+from tests.simulation.election_checks import ELECTIONS
 from tests.simulation.lock_checks import LOCKS
 
-WORKLOADS = {workload.name: workload for workload in (LOCKS,)}
+WORKLOADS = {workload.name: workload for workload in (LOCKS, ELECTIONS)}
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.jsonl")
