@@ -11,6 +11,7 @@ from etcd_infra._primitives._roll import Member
 from etcd_infra._primitives._run import Transaction
 from etcd_infra._primitives.counter import Counter
 from etcd_infra._primitives.election import Election
+from etcd_infra._primitives.election_info import ElectionInfo, MemberInfo
 from etcd_infra._primitives.entry import DELETE, CasResult, Consistency, Entry
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.leader_state import LeaderState, LeaderStatus, Quorum
@@ -92,6 +93,7 @@ __all__ = [
     "Decrement",
     "Delete",
     "Election",
+    "ElectionInfo",
     "Entry",
     "EtcdError",
     "EtcdInfraError",
@@ -124,6 +126,7 @@ __all__ = [
     "Member",
     "MemberChange",
     "MemberEvent",
+    "MemberInfo",
     "MemberWatch",
     "Members",
     "MessagesLostError",

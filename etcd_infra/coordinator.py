@@ -122,7 +122,11 @@ class Coordinator:
 
     async def inspect(self, kind: str, name: str | None = None) -> object:
         """
-        Describe what is in etcd: "locks", "state", "transactions", "sessions", "leases" or "health".
+        Describe what is in etcd.
+
+        Args:
+            kind: "locks", "elections", "members", "state", "transactions", "sessions", "leases" or "health".
+            name: One lock, election or group, or how state keys begin.
 
         Raises:
             ValueError: there is no such kind.

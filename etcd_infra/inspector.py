@@ -10,6 +10,12 @@ import trio
 
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, Range
+from etcd_infra._primitives.election_info import (
+    ElectionInfo,
+    MemberInfo,
+    inspect_elections,
+    inspect_members,
+)
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock, inspect_locks
 from etcd_infra._primitives.state_info import StateInfo, inspect_state
 from etcd_infra._primitives.transaction_info import TransactionInfo, inspect_transactions
@@ -106,12 +112,18 @@ class Inspector:
         Raises:
             ValueError: there is no such kind, or it has no names.
         """
-        if kind == "locks" and name is not None:
-            return await self.lock(name)
-        if kind == "state" and name is not None:
-            return await self.state(name)
+        named: dict[str, Callable[[str], Awaitable[object]]] = {
+            "locks": self.lock,
+            "elections": self.elections,
+            "members": self.members,
+            "state": self.state,
+        }
+        if name is not None and kind in named:
+            return await named[kind](name)
         kinds: dict[str, Callable[[], Awaitable[object]]] = {
             "locks": self.locks,
+            "elections": self.elections,
+            "members": self.members,
             "state": self.state,
             "transactions": self.transactions,
             "sessions": self.sessions,
@@ -133,6 +145,14 @@ class Inspector:
     async def locks(self) -> tuple[LockInfo, ...]:
         """Describe every lock that is held."""
         return await inspect_locks(self._backend, self._keys)
+
+    async def elections(self, name: str | None = None) -> tuple[ElectionInfo, ...]:
+        """Describe every election that somebody leads, or one election."""
+        return await inspect_elections(self._backend, self._keys, name)
+
+    async def members(self, name: str | None = None) -> tuple[MemberInfo, ...]:
+        """Describe the members of every group and election, or of one."""
+        return await inspect_members(self._backend, self._keys, name)
 
     async def state(self, prefix: str = "") -> tuple[StateInfo, ...]:
         """Describe the state keys that begin with `prefix`."""

@@ -30,11 +30,16 @@ class Kind(StrEnum):
     """What can be inspected."""
 
     LOCKS = "locks"
+    ELECTIONS = "elections"
+    MEMBERS = "members"
     STATE = "state"
     TRANSACTIONS = "transactions"
     SESSIONS = "sessions"
     LEASES = "leases"
     HEALTH = "health"
+
+
+NAMED = (Kind.LOCKS, Kind.ELECTIONS, Kind.MEMBERS, Kind.STATE)
 
 
 class Output(StrEnum):
@@ -55,15 +60,18 @@ DEFAULT_ENDPOINTS = "http://127.0.0.1:2379"
 @app.command()
 def inspect(  # noqa: PLR0913, PLR0917 - these are the command's options
     kind: Annotated[Kind | None, typer.Argument(help="What to show; everything if left out.")] = None,
-    name: Annotated[str | None, typer.Argument(help="One lock, or how state keys begin.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One lock, election or group, or how state keys begin.")
+    ] = None,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to show it.")] = Output.TABLE,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again each second.")] = False,  # noqa: FBT002
     namespace: Namespace = "",
     endpoints: Endpoints = DEFAULT_ENDPOINTS,
 ) -> None:
-    """Show who holds and who waits, what state there is, which sessions and leases live, and how etcd is."""
-    if name is not None and kind not in {Kind.LOCKS, Kind.STATE}:
-        raise typer.BadParameter(f"{kind or 'everything'} has no names; NAME goes with locks and state")
+    """Show who holds, leads and waits, who is there, what state there is, and how etcd is."""
+    if name is not None and kind not in NAMED:
+        named = ", ".join(NAMED)
+        raise typer.BadParameter(f"{kind or 'everything'} has no names; NAME goes with {named}")
     kinds = [kind] if kind is not None else list(Kind)
     _run(_inspect, endpoints, namespace, kinds, name, output, watch)
 

@@ -85,6 +85,10 @@ class Roll:
         """Return which node registered on a lease."""
         return next((member.node_id for key, member in self._by_key.items() if place_lease(key) == lease), None)
 
+    def lease_of(self, member: Member) -> int:
+        """Return the lease of a member's newest registration."""
+        return next((place_lease(key) or 0 for key, known in self._by_key.items() if known is member), 0)
+
     @property
     def members(self) -> tuple[Member, ...]:
         """The distinct nodes, by node id."""

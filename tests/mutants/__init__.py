@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tests.mutants.elections import ELECTIONS
 from tests.mutants.locks import LOCKS
 from tests.mutants.sessions import SESSIONS
 from tests.mutants.transport import TRANSPORT
 
-EVERY_MUTANT = (*LOCKS, *SESSIONS, *TRANSPORT)
+EVERY_MUTANT = (*LOCKS, *ELECTIONS, *SESSIONS, *TRANSPORT)

@@ -180,6 +180,41 @@ async def test_inspector_describes_sessions_leases_and_health(etcd, autojump_clo
     assert before == health.revision
 
 
+async def test_inspector_describes_elections_and_members(etcd, autojump_clock):
+    """Who leads, by which term and proposal, who waits, who is there with which metadata."""
+    async with (
+        open_infra(etcd.node("one"), seed=1) as one,
+        open_infra(etcd.node("two"), seed=2) as two,
+        trio.open_nursery() as nursery,
+        two.members("web").register({"zone": "b"}),
+        one.election("web").lead(b"hello\xff") as leadership,
+    ):
+
+        async def wait() -> None:
+            async with two.election("web").lead():
+                pass
+
+        nursery.start_soon(wait)
+        await trio.sleep(1)
+        (election,) = await one.inspect("elections")
+        assert (election,) == await one.inspect("elections", "web")
+        assert ("web", "node-1", leadership.term) == (election.name, election.leader, election.term)
+        assert ("hello\\xff", ("node-2",), ("node-1", "node-2")) == (
+            election.proposal,
+            election.queue,
+            election.members,
+        )
+        assert 25 <= election.ttl <= 30
+        members = await one.inspect("members", "web")
+        assert members == await one.inspect("members")
+        assert [("web", "node-1", "{}"), ("web", "node-2", "{}")] == [
+            (member.group, member.node_id, member.meta) for member in members
+        ]
+        assert () == await one.inspect("members", "nobody")
+        (nobody,) = await one.inspect("elections", "nobody")
+        assert nobody.leader is None
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("nonsense", None), ("leases", "x"), ("health", "x"), ("Locks", None)]
 )

@@ -324,6 +324,8 @@ async def test_leader_that_listens_yields_in_its_own_time(etcd, infra, autojump_
         await leadership.wait_asked_to_yield()
         await trio.sleep(5)
         assert 1 == len(line(etcd))
+        ended_at = trio.current_time()
+    assert 6 == pytest.approx(ended_at, abs=0.1)
     assert not leadership.was_lost
     assert [] == line(etcd)
 
@@ -482,9 +484,9 @@ async def test_exceptions_of_work_pass(etcd, infra, autojump_clock):
         msg = "another fence"
         raise FencedError(msg)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError), trio.fail_after(1):
         await infra.election("job").run_while_leader(fail)
-    with pytest.raises(FencedError):
+    with pytest.raises(FencedError), trio.fail_after(1):
         await infra.election("job").run_while_leader(fenced)
     assert [] == line(etcd)
 
@@ -523,7 +525,7 @@ async def test_leader_without_its_quorum_gives_up_after_its_body(etcd, autojump_
         async with trio.open_nursery() as nursery:
             nursery.start_soon(member)
             seen = []
-            with pytest.raises(LeadershipLostError, match="fewer than 2"):
+            with trio.fail_after(20), pytest.raises(LeadershipLostError, match="fewer than 2"):
                 async with one.election("job", quorum=2).lead() as leadership:
                     await trio.sleep(1)
                     left.set()
@@ -602,14 +604,47 @@ async def test_states_of_leader_follower_candidate(etcd, autojump_clock):
 
 
 async def test_candidate_while_nobody_leads(etcd, autojump_clock):
-    """In line, and its turn not told yet: it is a candidate."""
+    """First in line by etcd, and not told yet since the answer is on its way: a candidate."""
     faulty = FaultyBackend(etcd.node("one"))
-    async with open_infra(faulty) as infra, trio.open_nursery() as nursery:
-        async with infra.members("job").register():
-            faulty.delay_next(5)
+    async with open_infra(faulty) as infra, infra.members("job").register():
+        election = infra.election("job")
+        seen = []
+        async with trio.open_nursery() as nursery, election.transitions() as events:
+            faulty.only = lambda _, request: writes(request, LINE)
+            faulty.delay_next(3)
             nursery.start_soon(lead_for, infra, 1)
-            await trio.sleep(6)
-            nursery.cancel_scope.cancel()
+            await trio.sleep(1)
+            seen.append(await election.status())
+            assert TransitionKind.BECAME_LEADER is (await anext(events)).kind
+            seen.append(await election.status())
+        assert [LeaderStatus.CANDIDATE, LeaderStatus.LEADER] == [state.status for state in seen]
+        assert "node-1" == seen[1].leader_id
+
+
+async def test_deposed_leader_that_still_cleans_up_is_none(etcd, autojump_clock):
+    """Its key is gone and its body takes a while to stop: it is no leader any more, and the next one is."""
+    async with nodes(etcd, 2) as (one, two), trio.open_nursery() as nursery:
+        stopping = trio.Event()
+
+        async def deposed() -> None:
+            with pytest.raises(LeadershipLostError):
+                async with one.election("job").lead():
+                    try:
+                        await trio.sleep_forever()
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            stopping.set()
+                            await trio.sleep(5)
+
+        nursery.start_soon(deposed)
+        await trio.sleep(1)
+        await etcd.delete(LINE)
+        await stopping.wait()
+        assert LeaderStatus.FOLLOWER is (await one.election("job").status()).status
+        async with two.election("job").lead():
+            state = await one.election("job").status()
+            assert (LeaderStatus.FOLLOWER, "node-1") == (state.status, state.leader_id)
+            assert not one.election("job").is_leader
 
 
 async def test_partitioned_while_the_session_can_not_confirm_itself(etcd, autojump_clock):
@@ -661,20 +696,22 @@ async def test_observer_sees_every_leader_and_proposal(etcd, autojump_clock):
         async with one.election("job").lead(b"a") as first:
             nursery.start_soon(lead_for, two, 5)
             await trio.sleep(1)
+            nursery.start_soon(lead_for, three, 1)
             await first.proclaim(b"b")
             await trio.sleep(1)
         await trio.sleep(10)
         nursery.cancel_scope.cancel()
-    second = seen[3].term
+    second, third = seen[3].term, seen[4].term
     expected = [
         None,
         Leader("node-1", first.term, b"a"),
         Leader("node-1", first.term, b"b"),
         Leader("node-2", second, b"node-2"),
+        Leader("node-3", third, b"node-3"),
         None,
     ]
     assert expected == seen
-    assert second > first.term
+    assert first.term < second < third
 
 
 async def test_observer_survives_partition_and_compaction(etcd, autojump_clock):

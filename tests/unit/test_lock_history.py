@@ -9,7 +9,7 @@ import pytest
 
 from etcd_infra._backends.memory_history import Commit
 from etcd_infra.abc import Event, KeyValue
-from tests.helpers.proving.lock_history import Ledger, check, hand_overs, late_leavers, waits
+from tests.helpers.proving.line_history import Ledger, check, hand_overs, late_leavers, waits
 
 LINE = b"ns/lock/job/"
 ONE, TWO = LINE + b"a-1", LINE + b"b-1"
@@ -56,7 +56,7 @@ class Scene:
 
     def wrong(self):
         """Judge."""
-        return check(self.commits, self.logs, "ns", quiet)
+        return check(self.commits, self.logs, "ns/lock/", quiet)
 
 
 def turn(scene, worker, key, *, token=None, leaves=True):
@@ -87,7 +87,7 @@ def test_good_history_is_accepted(scene):
     """Two turns, one after the other, are right."""
     turn(scene, "two", TWO)
     assert [] == scene.wrong()
-    assert 1 == len(hand_overs(scene.commits, "ns"))
+    assert 1 == len(hand_overs(scene.commits, "ns/lock/"))
 
 
 def test_write_of_a_former_owner_is_told(scene):
@@ -164,4 +164,4 @@ def test_wait_is_measured_from_the_turn():
     scene.log("one", "granted", lock="job", token=2, key=ONE.decode(), at=2)
     scene.log("two", "granted", lock="job", token=token, key=TWO.decode(), at=gone + 0.25)
     times = {commit.revision: float(commit.revision) for commit in scene.commits}
-    assert [0.25] == waits(scene.commits, scene.logs, times, "ns", quiet)
+    assert [0.25] == waits(scene.commits, scene.logs, times, "ns/lock/", quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from etcd_infra import Member, MemberChange
+from etcd_infra import Member, MemberChange, TransitionKind
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange
 from etcd_infra.errors import StorageFullError
@@ -58,6 +58,24 @@ async def test_distinct_nodes_are_counted(etcd, infra, autojump_clock):
         assert not await infra.members("web").has_quorum(2)
         async with open_infra(etcd.node("two"), seed=2) as two, two.members("web").register():
             assert await infra.members("web").has_quorum(2)
+
+
+async def test_quorum_view_counts_nodes(etcd, infra, autojump_clock):
+    """A node that is registered twice is one candidate: it does not lead where two nodes must be there."""
+    async with infra.members("web").register(), infra.members("web").register():
+        with trio.move_on_after(5) as patience:
+            async with infra.election("web", quorum=2).lead():
+                pytest.fail("it leads alone")
+        assert patience.cancelled_caught
+        async with (
+            open_infra(etcd.node("two"), seed=2) as two,
+            infra.election("web", quorum=2).transitions() as events,
+        ):
+            assert TransitionKind.PARTITIONED is (await anext(events)).kind
+            async with two.members("web").register():
+                assert TransitionKind.HEALED is (await anext(events)).kind
+            with trio.fail_after(5):
+                assert TransitionKind.PARTITIONED is (await anext(events)).kind
 
 
 async def test_quorum_of_an_unknown_group_is_not_met(infra, autojump_clock):

@@ -15,7 +15,7 @@ from etcd_infra._etcd.wrapping import Wrapping
 from etcd_infra._session.mirror import Changes, Snapshot, open_mirror
 from etcd_infra._session.pages import PAGE_KEYS
 from etcd_infra.errors import CompactedError
-from etcd_infra.testing import FaultRates, FaultyBackend, MemoryEtcd
+from etcd_infra.testing import FaultRates, FaultyBackend, MemoryEtcd, ServerBug
 from tests.helpers.watches import FaultyWatches
 
 KEYS = KeyRange.prefix(b"k/")
@@ -162,6 +162,20 @@ async def test_silent_watch_survives_compaction(autojump_clock):
         node.heal()
         revision = await etcd.put(b"k/1", b"a")
         assert [(b"k/1", b"a", revision)] == told(await mirror.receive())
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_notification_that_overtakes_events_hides_none(seed, autojump_clock):
+    """On a server whose notifications are early every change is told all the same, once and in order."""
+    etcd = MemoryEtcd(bugs=(ServerBug.EARLY_PROGRESS,), random=random.Random(seed))
+    async with mirror_of(etcd.node("one")) as mirror:
+        await mirror.receive()
+        wanted = [await etcd.put(b"k/%d" % number, b"") for number in range(seed + 1)]
+        seen = []
+        with trio.fail_after(10):
+            while len(seen) < len(wanted):
+                seen += [event.revision for event in (await mirror.receive()).events]
+        assert wanted == seen
 
 
 async def test_reset_store_is_told(etcd, autojump_clock):

@@ -59,6 +59,8 @@ NAMES = {
     "Increment",
     "Inspector",
     "Election",
+    "ElectionInfo",
+    "MemberInfo",
     "Leadership",
     "Leader",
     "LeaderWatch",
