@@ -23,8 +23,9 @@ from pathlib import Path
 from etcd_infra.testing import Counters, Fault, FaultKind, shrink, simulate
 from tests.simulation.election_checks import ELECTIONS
 from tests.simulation.lock_checks import LOCKS
+from tests.simulation.state_checks import STATE
 
-WORKLOADS = {workload.name: workload for workload in (LOCKS, ELECTIONS)}
+WORKLOADS = {workload.name: workload for workload in (LOCKS, STATE, ELECTIONS)}
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.jsonl")
