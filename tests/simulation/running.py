@@ -2,7 +2,8 @@
 Run seeds of a primitive's simulation: one exactly, some thousands in CI, very many as a soak.
 
 ``python -m tests.simulation.running 17`` replays seed 17; ``--seeds 3000`` runs the seeds 0 to 2,999, ``--first``
-lets them begin elsewhere, ``--jobs 2`` uses two processes, ``--of`` names the primitive. It ends with status 1 when an invariant was violated, or
+lets them begin elsewhere, ``--jobs 2`` uses two processes, ``--of`` names the primitive. It ends with status 1 when an
+invariant was violated, or
 when a fault met an invariant that it threatens in fewer runs than `LEAST` per 3,000.
 """
 
@@ -24,8 +25,9 @@ from etcd_infra.testing import Counters, Fault, FaultKind, shrink, simulate
 from tests.simulation.election_checks import ELECTIONS
 from tests.simulation.lock_checks import LOCKS
 from tests.simulation.state_checks import STATE
+from tests.simulation.transaction_checks import TRANSACTIONS
 
-WORKLOADS = {workload.name: workload for workload in (LOCKS, STATE, ELECTIONS)}
+WORKLOADS = {workload.name: workload for workload in (LOCKS, STATE, TRANSACTIONS, ELECTIONS)}
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.jsonl")
