@@ -2,9 +2,9 @@
 Run seeds of a primitive's simulation: one exactly, some thousands in CI, very many as a soak.
 
 ``python -m tests.simulation.running 17`` replays seed 17; ``--seeds 3000`` runs the seeds 0 to 2,999, ``--first``
-lets them begin elsewhere, ``--jobs 2`` uses two processes, ``--of`` names the primitive. It ends with status 1 when an
-invariant was violated, or
-when a fault met an invariant that it threatens in fewer runs than `LEAST` per 3,000.
+lets them begin elsewhere, ``--jobs 2`` uses two processes, ``--of`` names the primitive. It ends with status 1
+when an invariant was violated, or when a fault met an invariant that it threatens in fewer runs than `LEAST` per
+3,000.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Locks under simulation: 300 seeds here, 3,000 and more by ``just sim``."""
+"""Locks under simulation: 150 seeds here, 3,000 and more by ``just sim``."""
 
 from __future__ import annotations
 
