@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -73,8 +74,10 @@ class _ShieldWhenStarted:
         self._task_status = task_status
 
     def started(self, value: object = None) -> None:
+        # Race: a task that is cancelled while it starts stays in the hands of who starts it, and must end.
+        is_cancelled = trio.current_effective_deadline() == -inf
         self._task_status.started(value)
-        self._shield.shield = not self._background.dismissed
+        self._shield.shield = not (self._background.dismissed or is_cancelled)
 
 
 @asynccontextmanager

@@ -39,6 +39,13 @@ class ElectionProgram(LockProgram):
             tell(process, name, operation, leadership)
             yield leadership
 
+    async def _work(self, process, infra):
+        await super()._work(process, infra)
+        # Nobody waits for a registration to go, so what the janitor still has to do would be no one's delay.
+        for name in self.shape.locks:
+            while process.id in {member.node_id for member in await infra.members(name).list()}:
+                await trio.sleep(0.1)
+
     async def _body(self, process, name, operation, hold, *, last):
         draw = process.random
         await super()._body(process, name, operation, hold, last=last)
