@@ -7,6 +7,7 @@ from etcd_infra._etcd.calls import Call
 from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._hold import Hold, LockStatus
 from etcd_infra._primitives._listing import Listing
+from etcd_infra._primitives._lock_like import LockLike, Renewal
 from etcd_infra._primitives._roll import Member
 from etcd_infra._primitives._run import Transaction
 from etcd_infra._primitives.counter import Counter
@@ -17,7 +18,7 @@ from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.leader_state import LeaderState, LeaderStatus, Quorum
 from etcd_infra._primitives.leader_watch import Leader, LeaderWatch
 from etcd_infra._primitives.leadership import Leadership
-from etcd_infra._primitives.lock import Lock, Renewal
+from etcd_infra._primitives.lock import Lock
 from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra._primitives.member_watch import MemberChange, MemberEvent, MemberWatch
 from etcd_infra._primitives.members import Members
@@ -32,6 +33,10 @@ from etcd_infra._primitives.operations import (
     TransactionResult,
     TransactionStatus,
 )
+from etcd_infra._primitives.rwlock import RWLock
+from etcd_infra._primitives.rwlock_info import RWLockInfo
+from etcd_infra._primitives.semaphore import Semaphore
+from etcd_infra._primitives.semaphore_info import SemaphoreInfo
 from etcd_infra._primitives.state import State
 from etcd_infra._primitives.state_info import StateInfo
 from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
@@ -120,6 +125,7 @@ __all__ = [
     "Listing",
     "Lock",
     "LockInfo",
+    "LockLike",
     "LockLostError",
     "LockStatus",
     "LostError",
@@ -135,8 +141,12 @@ __all__ = [
     "OperationResult",
     "OutcomeUnknownError",
     "Quorum",
+    "RWLock",
+    "RWLockInfo",
     "RateLimitedError",
     "Renewal",
+    "Semaphore",
+    "SemaphoreInfo",
     "Session",
     "SessionInfo",
     "SessionLostError",

@@ -16,12 +16,15 @@ from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._candidacy import Candidacies
+from etcd_infra._primitives._lock_like import Renewal
 from etcd_infra._primitives._space import Space
 from etcd_infra._primitives._ttl_leases import TtlLeases
 from etcd_infra._primitives.counter import Combiners, Counter
 from etcd_infra._primitives.election import Election
-from etcd_infra._primitives.lock import Lock, Renewal
+from etcd_infra._primitives.lock import Lock
 from etcd_infra._primitives.members import Members
+from etcd_infra._primitives.rwlock import RWLock
+from etcd_infra._primitives.semaphore import Semaphore
 from etcd_infra._primitives.state import State
 from etcd_infra._primitives.stm import Isolation, transact
 from etcd_infra._primitives.transaction import execute
@@ -150,6 +153,14 @@ class Coordinator:
             renewal=renewal,
             on_renewal_failure=on_renewal_failure,
         )
+
+    def rwlock(self, name: str) -> RWLock:
+        """Return the read-write lock `name`; see `RWLock`."""
+        return RWLock(self._sessions, self._keys, name)
+
+    def semaphore(self, name: str, permits: int) -> Semaphore:
+        """Return the semaphore `name`; see `Semaphore`."""
+        return Semaphore(self._sessions, self._keys, name, permits)
 
     def election(self, name: str, *, quorum: int = 1) -> Election:
         """Return the election `name`; see `Election`."""

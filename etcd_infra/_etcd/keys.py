@@ -96,6 +96,40 @@ class Keys:
         """Return the lock's name of a key in a line, None for other keys."""
         return _name_of_line(key, self.locks)
 
+    @property
+    def rwlocks(self) -> bytes:
+        """The prefix of all read-write locks' lines."""
+        return self.root + b"rwlock/"
+
+    def rwlock_line(self, name: str) -> bytes:
+        """The prefix of one read-write lock's line; the places say who reads and who writes."""
+        return self.rwlocks + encode_segment(name).encode() + b"/"
+
+    def parse_rwlock(self, key: bytes) -> str | None:
+        """Return the lock's name of a key in a line, None for other keys."""
+        return _name_of_line(key, self.rwlocks)
+
+    @property
+    def semaphores(self) -> bytes:
+        """The prefix of all semaphores."""
+        return self.root + b"semaphore/"
+
+    def semaphore(self, name: str) -> bytes:
+        """The prefix of one semaphore's keys."""
+        return self.semaphores + encode_segment(name).encode() + b"/"
+
+    def semaphore_queue(self, name: str) -> bytes:
+        """The line of those that wait for a permit."""
+        return self.semaphore(name) + b"queue/"
+
+    def semaphore_holders(self, name: str) -> bytes:
+        """The line of those that have a permit."""
+        return self.semaphore(name) + b"holder/"
+
+    def semaphore_permits(self, name: str) -> bytes:
+        """How many permits there are, in decimal; without a lease."""
+        return self.semaphore(name) + b"permits"
+
     # ── elections and members ───────────────────────────────────────────────────────────────────
 
     @property
@@ -191,14 +225,19 @@ class Keys:
         return self.intents + state_key.removeprefix(self.states)
 
 
-def place(line: bytes, lease: int, number: int) -> bytes:
+READER: Final = b"read-"
+WRITER: Final = b"write-"
+
+
+def place(line: bytes, lease: int, number: int, *, role: bytes = b"") -> bytes:
     """Return a key in a line: unique for ever, as `number` is never used twice by one lease."""
-    return line + b"%x-%d" % (lease, number)
+    return line + role + b"%x-%d" % (lease, number)
 
 
 def place_lease(key: bytes) -> int | None:
-    """Return the lease in the name of a key in a line: ours (`{hex}-{n}`) or Go's (`{hex}`)."""
-    return _hex(key.rpartition(b"/")[2].partition(b"-")[0])
+    """Return the lease in the name of a key in a line: ours (`{role}{hex}-{n}`) or Go's (`{hex}`)."""
+    name = key.rpartition(b"/")[2].removeprefix(READER).removeprefix(WRITER)
+    return _hex(name.partition(b"-")[0])
 
 
 def _name_of_line(key: bytes, prefix: bytes) -> str | None:

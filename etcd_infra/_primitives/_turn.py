@@ -15,16 +15,18 @@ Source
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from etcd_infra._etcd.model import KeyValue, Range, RangeResult, SortTarget
+from etcd_infra._etcd.model import KeyRange, KeyValue, Range, RangeResult, SortTarget, Txn, TxnResult
 from etcd_infra._policy.backoff import delay
+from etcd_infra._primitives._cas import found_in
 from etcd_infra.errors import EtcdError, LockLostError, SessionLostError, UnavailableError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
     from typing import Self
 
     from etcd_infra._etcd.model import Compare
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 
 LOOK_AGAIN_SECONDS: Final = 30.0
+
+AnswerT = TypeVar("AnswerT", RangeResult, TxnResult)
 
 
 async def come_first(place: Place, conditions: tuple[Compare, ...] = ()) -> None:
@@ -85,18 +89,20 @@ async def come_first(place: Place, conditions: tuple[Compare, ...] = ()) -> None
 
 
 async def _look(place: Place) -> KeyValue | None:
-    """Return who is directly ahead, None if nobody is."""
+    """Return who is directly ahead of those that must be waited for, None if nobody is."""
     up_to_me = Range(
-        place.line,
+        place.rivals,
         max_create_revision=place.token,
         sort_by=SortTarget.CREATE,
         descending=True,
         keys_only=True,
         limit=2,
     )
-    kvs = (await _read(place, up_to_me)).kvs
+    found = (
+        (await _read(place, up_to_me)).kvs if place.key in place.rivals else await _read_both(place, up_to_me)
+    )
     # Invariant: nobody is granted anything without its own key having been seen (etcd #11456).
-    if not kvs or kvs[0].key != place.key or kvs[0].create_revision != place.token:
+    if not found or found[0].key != place.key or found[0].create_revision != place.token:
         place.token = 0
         # The key went with its lease, or by itself: only etcd can tell.
         with suppress(EtcdError, SessionLostError):
@@ -104,21 +110,41 @@ async def _look(place: Place) -> KeyValue | None:
         place.session.check()
         msg = f"the place {place.key!r} in line was deleted"
         raise LockLostError(msg)
-    return kvs[1] if len(kvs) > 1 else None
+    return found[1] if len(found) > 1 else None
+
+
+async def _read_both(place: Place, ahead: Range) -> tuple[KeyValue, ...]:
+    """Read my own key, which is none of the rivals', and those ahead, at one revision."""
+    own = Range(KeyRange.one(place.key), keys_only=True)
+    answer = await ask(place, lambda: place.session.backend.txn(Txn(success=(own, ahead))))
+    mine, rivals = map(found_in, answer.results)
+    return (*mine, *rivals)
 
 
 async def _read(place: Place, request: Range) -> RangeResult:
-    """Read however long it takes: the place in line is worth more, and the session bounds the wait."""
+    return await ask(place, lambda: place.session.backend.range(request))
+
+
+async def ask(place: Place, ask: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
+    """Ask however long it takes: the place in line is worth more, and the session bounds the wait."""
     failures = 0
     while True:
         with suppress(UnavailableError):
-            answer = await place.session.backend.range(request)
+            answer = await ask()
             # etcd: some servers answer linearizable reads with an older revision now and then (#20418). It
             # shows somebody ahead whose end was told already, and will not be told again.
             if answer.revision >= max(place.token, place.watch.told_up_to):
                 return answer
         await trio.sleep(delay(failures, place.session.random.random()))
         failures += 1
+
+
+@contextmanager
+def listening(place: Place) -> Generator[_Turn]:
+    """Listen to the whole line of `place`, for the length of a body."""
+    with _Turn(place) as turn:
+        turn.listen(place.line.key)
+        yield turn
 
 
 class _Turn:
@@ -167,6 +193,15 @@ class _Turn:
         while not (self._place.is_first or self._look_again or self._deleted & {self.key, self._ahead}):
             self._told = trio.Event()
             # etcd: some servers lose a DELETE now and then (#17529, #18089, #19179): look once in a while.
+            with trio.move_on_after(LOOK_AGAIN_SECONDS) as patience:
+                await self._told.wait()
+            self._look_again = self._look_again or patience.cancelled_caught
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def wait_line_changed(self) -> None:
+        """Wait until a key of the line was deleted since `begin`, or that can not be told."""
+        while not (self._look_again or self._deleted):
+            self._told = trio.Event()
             with trio.move_on_after(LOOK_AGAIN_SECONDS) as patience:
                 await self._told.wait()
             self._look_again = self._look_again or patience.cancelled_caught

@@ -28,6 +28,7 @@ Source
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -66,6 +67,32 @@ if TYPE_CHECKING:
     from etcd_infra._session.session import Session
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """
+    Where, and as what, one stands in line.
+
+    Attributes:
+        prefix: Of all lines of this kind: what is watched.
+        line: The line's prefix.
+        role: What the key's name begins with.
+        rivals: Those keys of the line that must be waited for if they are ahead; None: all.
+    """
+
+    prefix: bytes
+    line: bytes
+    role: bytes = b""
+    rivals: KeyRange | None = None
+
+    def watch(self, session: Session) -> KeyWatch:
+        """Return the session's watch on lines of this kind."""
+        return session.key_watch(self.prefix)
+
+    def place(self, session: Session, value: bytes, lease: LivingLease | None = None) -> Place:
+        """Return a new place of a session, not in line yet."""
+        return Place(session, self, value, lease)
+
+
 class NotAdmittedError(Exception):
     """The conditions of a join do not hold: not in line, and no copy of the join will be."""
 
@@ -73,6 +100,12 @@ class NotAdmittedError(Exception):
 class Place:
     """
     One place in a line.
+
+    Args:
+        session: Whose place it is.
+        spot: Where it is.
+        value: Who stands there.
+        lease: What it hangs on; None: the session's.
 
     Attributes:
         key: Unique to this place, for ever.
@@ -82,16 +115,17 @@ class Place:
         waited: Whether somebody was ahead.
     """
 
-    def __init__(
-        self, session: Session, watch: KeyWatch, line: bytes, value: bytes, lease: LivingLease | None = None
-    ) -> None:
-        self.watch = watch
+    def __init__(self, session: Session, spot: Spot, value: bytes, lease: LivingLease | None = None) -> None:
+        self.watch = spot.watch(session)
         self.session = session
         self.lease = lease or session.lease
-        self.line = KeyRange.prefix(line)
+        self.line = KeyRange.prefix(spot.line)
+        self.rivals = spot.rivals or self.line
+        # With several owners at a time, who goes need not be the one that the next in line waits for.
+        self._has_heirs = spot.rivals is None
         self._value = value
         self._unanswered = 0  # the highest generation that a copy without an answer compares
-        self.key = place(line, self.lease.id, session.next_number())
+        self.key = place(spot.line, self.lease.id, session.next_number(), role=spot.role)
         self.token = 0
         self.is_first = False
         self.ahead: KeyValue | None = None
@@ -100,16 +134,17 @@ class Place:
 
     # ── joining ─────────────────────────────────────────────────────────────────────────────────
 
-    async def join(self, conditions: tuple[Compare, ...] = ()) -> bool:
+    async def join(self, conditions: tuple[Compare, ...] = (), also: tuple[Op, ...] = ()) -> bool:
         """
         Stand in line; return whether it is my turn already.
 
         Args:
-            conditions: What must hold when the place is taken; compares that are false for ever once they
-                are false, such as those on create revisions.
+            conditions: What must hold when the place is taken.
+            also: What is done in the same Txn.
 
         Raises:
-            NotAdmittedError: they do not hold.
+            NotAdmittedError: the conditions do not hold. If they may come true again, a copy without an answer
+                may still join: see `withdraw`.
             SessionLostError, StorageFullError, EtcdError: not in line, or not any more.
 
         Cancellation:
@@ -119,18 +154,18 @@ class Place:
             One.
         """
         # etcd: sorting reads the whole line; so does its Go client's join.
-        last_two = Range(self.line, sort_by=SortTarget.CREATE, descending=True, keys_only=True, limit=2)
-        answer = await self._enter(conditions, (last_two,), (last_two,))
+        last_two = Range(self.rivals, sort_by=SortTarget.CREATE, descending=True, keys_only=True, limit=2)
+        answer = await self._enter(conditions, (*also, last_two), (last_two,))
         if not self.token and conditions:
             raise NotAdmittedError
         if not self.token:
             # Nothing but a generation from the future refuses an unconditional join for good.
             self.session.lose(StoreResetError(f"the store is behind our own session key: {answer}"))
             self.session.check()
-        last = _found(answer.results[-1])
-        self.is_first = last.count == 1
-        if len(last.kvs) > 1 and last.kvs[0].create_revision == self.token:
-            self.ahead = last.kvs[1]
+        others = [kv for kv in _found(answer.results[-1]).kvs if kv.key != self.key]
+        self.is_first = not others
+        if others and answer.succeeded:
+            self.ahead = others[0]
         return self.is_first
 
     async def try_join(self) -> bool:
@@ -140,15 +175,25 @@ class Place:
         Raises, Cancellation, Round trips:
             As `join`. After False there is nothing to leave, and no late copy will ever join.
         """
-        first = Range(self.line, sort_by=SortTarget.CREATE, keys_only=True, limit=1)
-        answer = await self._enter((Compare.nothing_in(self.line),), (), (first,))
+        first = Range(self.rivals, sort_by=SortTarget.CREATE, keys_only=True, limit=1)
+        answer = await self._enter((Compare.nothing_in(self.rivals),), (), (first,))
         # Race: a copy of this may have joined first, and its key may have been written anew since, by
         # somebody else and behind others: only the line's order tells whose turn it is.
-        if answer.succeeded or (self.token and _found(answer.results[-1]).kvs[0].key == self.key):
+        if answer.succeeded or (self.token and self._is_nobody_ahead(_found(answer.results[-1]))):
             self.is_first = True
             return True
         # etcd: "nobody is in line" can become true again, for a copy that is still on its way: it must be
         # stale before "no" is an answer.
+        await self.withdraw()
+        return False
+
+    async def withdraw(self) -> None:
+        """
+        Be in line no more, nor ever again: repeat until that is definite.
+
+        Raises:
+            SessionLostError: the place goes with the session.
+        """
         failures = 0
         while self._unanswered or self.token:
             try:
@@ -158,12 +203,20 @@ class Place:
                 await trio.sleep(delay(failures, self.session.random.random()))
                 failures += 1
         self._left()
-        return False
+
+    def moved_on(self, revision: int) -> None:
+        """Take in that my key was deleted at `revision`, by a Txn of this process; then `leave`."""
+        self.token = 0
+        self.watch.deliver_deleted(self.key, revision)
+
+    def _is_nobody_ahead(self, first: RangeResult) -> bool:
+        return not first.kvs or first.kvs[0].create_revision >= self.token
 
     async def _enter(
         self, conditions: tuple[Compare, ...], reads: tuple[Op, ...], looks: tuple[Op, ...]
     ) -> TxnResult:
         """Send the joining Txn until its outcome is definite."""
+        self.session.janitor.known_keys.add(self.key)
         failures = 0
         while True:
             generation = await self.session.own_key.living_generation()
@@ -260,7 +313,7 @@ class Place:
 
     async def _hand_over(self) -> bool:
         """Delete my key; if it was the owner's, and the next in line is in this process, grant it its turn."""
-        heir = self.watch.heir_of(self.key) if self.is_first else None
+        heir = self.watch.heir_of(self.key) if self.is_first and self._has_heirs else None
         mine = Compare.created_at(self.key, self.token)
         looks = (Range(KeyRange.one(heir.key), keys_only=True),) if heir is not None else ()
         request = Txn((mine,), (DeleteRange(KeyRange.one(self.key)), *looks))

@@ -43,7 +43,7 @@ from etcd_infra._etcd.model import Compare, KeyRange
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._owner import check_not_owner, take_once
 from etcd_infra._primitives._turn import come_first
-from etcd_infra._primitives._waitqueue import NotAdmittedError, Place
+from etcd_infra._primitives._waitqueue import NotAdmittedError, Spot
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._primitives.leader_state import LeaderState, read_leader_state
 from etcd_infra._primitives.leader_watch import LeaderWatch
@@ -190,8 +190,7 @@ class Election:
     async def _stand(self, session: Session, view: RollView | None, value: bytes) -> Leadership | None:
         """Stand in line until it is this place's turn; None: there was no quorum, or not for so long."""
         conditions = () if view is None else await self._wait_quorum(session, view)
-        watch = session.key_watch(self._candidacy.keys.elections)
-        place = Place(session, watch, self._line, value)
+        place = Spot(self._candidacy.keys.elections, self._line).place(session, value)
         with trio.CancelScope() as lacking, self._on_lack(view, lacking.cancel):
             try:
                 await come_first(place, conditions)

@@ -77,6 +77,11 @@ async def _describe(backend: Backend, name: str, kvs: Sequence[KeyValue]) -> Loc
     )
 
 
+def holder_of(kv: KeyValue) -> str:
+    """Name the node that stands at a place; for a foreign client its lease."""
+    return _who(kv).node
+
+
 def _who(kv: KeyValue) -> _Who:
     try:
         return msgspec.json.decode(kv.value, type=_Who)

@@ -36,7 +36,7 @@ from etcd_infra._etcd.model import KeyRange, Range
 from etcd_infra._policy.backoff import delay
 from etcd_infra._policy.codec import JSON
 from etcd_infra._primitives._roll import Member, Roll
-from etcd_infra._primitives._waitqueue import Place
+from etcd_infra._primitives._waitqueue import Spot
 from etcd_infra._primitives.member_watch import MemberWatch
 from etcd_infra._session.mirror import open_mirror
 from etcd_infra.errors import EtcdError, SessionLostError
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from etcd_infra._etcd.keys import Keys
+    from etcd_infra._primitives._waitqueue import Place
     from etcd_infra._session.current import SessionSource
     from etcd_infra._session.session import Session
 
@@ -174,8 +175,8 @@ class _Registration:
     @asynccontextmanager
     async def _joined(self, session: Session) -> AsyncGenerator[Place]:
         who = {"node": session.node_id, "since": session.clock.wall(), "meta": self._meta}
-        line = self._keys.member_line(self._name)
-        place = Place(session, session.key_watch(self._keys.members), line, JSON.encode(who))
+        spot = Spot(self._keys.members, self._keys.member_line(self._name))
+        place = spot.place(session, JSON.encode(who))
         try:
             await place.join()
             yield place

@@ -9,7 +9,7 @@ LOCKS = (
         "won-without-looking",
         "The waiter sees its predecessor vanish and is granted without having seen its own key, which is gone.",
         "_primitives/_turn.py",
-        "if not kvs or kvs[0].key != place.key or kvs[0].create_revision != place.token:",
+        "if not found or found[0].key != place.key or found[0].create_revision != place.token:",
         "if False:",
         "unit/test_lock.py::test_waiter_whose_lease_dies_is_told_and_not_granted",
     ),
@@ -33,8 +33,8 @@ LOCKS = (
         "value-as-owner",
         "The place of every acquisition of a session has the same name, so two tasks share it.",
         "_primitives/_waitqueue.py",
-        "place(line, self.lease.id, session.next_number())",
-        "place(line, self.lease.id, 1)",
+        "place(spot.line, self.lease.id, session.next_number(), role=spot.role)",
+        "place(spot.line, self.lease.id, 1, role=spot.role)",
         "unit/test_lock.py::test_two_tasks_with_one_lock_object_exclude_each_other",
     ),
     Mutant(
@@ -48,7 +48,7 @@ LOCKS = (
     Mutant(
         "version-as-guard",
         "The fence proves the key's version, which a key that was made anew has, too.",
-        "_primitives/lock.py",
+        "_primitives/_lock_like.py",
         "proof = (Compare.created_at(place.key, place.token),)",
         "from etcd_infra._etcd.model import Operator, Target\n"
         "        proof = (Compare(Target.VERSION, Operator.EQUAL, KeyRange.one(place.key), 1),)",
@@ -128,7 +128,7 @@ LOCKS = (
     Mutant(
         "leases-leak",
         "A refused attempt leaves its own lease behind.",
-        "_primitives/lock.py",
+        "_primitives/_lock_like.py",
         "                if own:\n                    await own.end(until=session.clean_up_deadline())\n                return None",
         "                return None",
         "unit/test_lock_faults.py::test_thousand_failed_tries_leave_no_lease",
@@ -136,7 +136,7 @@ LOCKS = (
     Mutant(
         "cancelled-acquire-stays-in-line",
         "An acquisition that was cancelled leaves its key, and everybody waits behind it.",
-        "_primitives/lock.py",
+        "_primitives/_lock_like.py",
         "            await place.leave(until=until)\n            if own:",
         "            if own:",
         "unit/test_lock.py::test_waiter_that_gives_up_hands_nothing_on",
@@ -224,7 +224,7 @@ LOCKS = (
     Mutant(
         "fence-of-another-lock",
         "Any fence is taken for this lock's.",
-        "_primitives/lock.py",
+        "_primitives/_lock_like.py",
         "if fence.resource != self.name or not fence.proof:",
         "if False:",
         "unit/test_lock_hazards.py::test_fence_of_another_lock_is_no_answer",

@@ -130,7 +130,7 @@ SESSIONS = (
         "resign-before-stop",
         "Cancelled from outside the lease is given up while the body still cleans up.",
         "_etcd/background.py",
-        "self._shield.shield = not self._background.dismissed",
+        "self._shield.shield = not (self._background.dismissed or is_cancelled)",
         "pass",
         "unit/test_lock_hazards.py::test_outer_cancellation_frees_the_lock_after_the_body",
     ),

@@ -93,7 +93,7 @@ def release_by_name():
     def both():
         with (
             replaced(Place, "_hand_over", hand_over),
-            replaced(_waitqueue, "place", lambda line, lease, _number: line + b"%x-0" % lease),
+            replaced(_waitqueue, "place", lambda line, lease, _number, **_: line + b"%x-0" % lease),
         ):
             yield
 

@@ -13,7 +13,7 @@ from etcd_infra import open_coordinator
 from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import Put, Txn
-from etcd_infra._primitives.lock import Renewal
+from etcd_infra._primitives._lock_like import Renewal
 from etcd_infra._wrappers.grouped import Grouped
 from etcd_infra.errors import EtcdError, LostError, OutcomeUnknownError
 from etcd_infra.testing import FaultKind, Settings

@@ -1,4 +1,4 @@
-"""Elections under simulation: 100 seeds here, more in CI and by ``just sim``; and products that are broken."""
+"""Elections under simulation: 50 seeds here, more in CI and by ``just sim``; and products that are broken."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SYMPTOMS = [
     (broken.proposal_without_proof, {"E1", "L6", "liveness"}),
     (broken.observer_orders_by_change, {"E2"}),
     (broken.observer_overlooks_deletions, {"E2"}),
-    (broken.stays_registered, {"L6"}),
+    (broken.stays_registered, {"L6", "liveness"}),
     (broken.quorum_by_hearsay, {"quorum"}),
 ]
 SEEDS = 40
 
 
-@pytest.mark.parametrize("first", range(0, 100, SEEDS_AT_ONCE))
+@pytest.mark.parametrize("first", range(0, 50, SEEDS_AT_ONCE))
 def test_invariants_hold(first):
     """All invariants of locks and of elections hold, everybody gets through, and nothing is left."""
     outcome = run_seeds(range(first, first + SEEDS_AT_ONCE), ELECTIONS)

@@ -8,7 +8,7 @@ import trio
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange
 from etcd_infra._primitives._hold import LockStatus
-from etcd_infra._primitives.lock import Renewal
+from etcd_infra._primitives._lock_like import Renewal
 from etcd_infra.errors import LockLostError, SessionLostError
 from etcd_infra.testing import FaultyBackend, RecordingBackend
 from tests.conftest import NAMESPACE, open_infra

@@ -63,6 +63,8 @@ ONLY_IN = {
 PARTS = {
     "_state_reading.py": {"state_watch"},
     "members.py": {"member_watch"},
+    "rwlock.py": {"rwlock_info"},
+    "semaphore.py": {"semaphore_info"},
     "transitions.py": {"leadership"},
     "_candidacy.py": {"leadership", "members"},
     "election.py": {"leader_state", "leader_watch", "leadership", "members", "transitions"},

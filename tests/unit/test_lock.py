@@ -10,7 +10,7 @@ import trio
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, Txn
 from etcd_infra._primitives._hold import LockStatus
-from etcd_infra._primitives.lock import Renewal
+from etcd_infra._primitives._lock_like import Renewal
 from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra.errors import FencedError, LockLostError, NotHeldError, SessionLostError
 from etcd_infra.testing import RecordingBackend
