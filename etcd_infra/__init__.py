@@ -22,6 +22,7 @@ from etcd_infra._primitives.lock import Lock
 from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra._primitives.member_watch import MemberChange, MemberEvent, MemberWatch
 from etcd_infra._primitives.members import Members
+from etcd_infra._primitives.multi_lock import MultiLock
 from etcd_infra._primitives.operations import (
     Cas,
     Decrement,
@@ -136,6 +137,7 @@ __all__ = [
     "MemberWatch",
     "Members",
     "MessagesLostError",
+    "MultiLock",
     "NotHeldError",
     "Operation",
     "OperationResult",

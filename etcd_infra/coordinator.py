@@ -23,6 +23,7 @@ from etcd_infra._primitives.counter import Combiners, Counter
 from etcd_infra._primitives.election import Election
 from etcd_infra._primitives.lock import Lock
 from etcd_infra._primitives.members import Members
+from etcd_infra._primitives.multi_lock import MultiLock
 from etcd_infra._primitives.rwlock import RWLock
 from etcd_infra._primitives.semaphore import Semaphore
 from etcd_infra._primitives.state import State
@@ -153,6 +154,10 @@ class Coordinator:
             renewal=renewal,
             on_renewal_failure=on_renewal_failure,
         )
+
+    def multi_lock(self, *names: str) -> MultiLock:
+        """Return the locks `names` as one; see `MultiLock`."""
+        return MultiLock(self._sessions, self._keys, *names)
 
     def rwlock(self, name: str) -> RWLock:
         """Return the read-write lock `name`; see `RWLock`."""

@@ -14,6 +14,7 @@ from etcd_infra.errors import EtcdError, LockLostError, NotHeldError, SessionLos
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
+    from etcd_infra._primitives._places import Places
     from etcd_infra._primitives._waitqueue import Place
     from etcd_infra._primitives.fence import Fence
     from etcd_infra._session.own_lease import OwnLease
@@ -51,7 +52,7 @@ class Hold:
     def __init__(
         self,
         session: Session,
-        place: Place,
+        place: Place | Places,
         fence: Fence,
         *,
         own: OwnLease | None,
@@ -60,13 +61,13 @@ class Hold:
         self._session = session
         self._place = place
         self._own = own
-        self._owner: tuple[bytes, trio.lowlevel.Task] | None = None
+        self._owners: list[tuple[bytes, trio.lowlevel.Task]] = []
         self._lease = own.lease if own else session.lease
         self._key_gone = False
         self._released = False
         self._scopes: dict[trio.CancelScope, None] = {}
         self._overdue: Callable[[Exception], None] | None = None
-        self._guarded = place.watch.guard(place.key, place.token, self._on_key_gone)
+        self._guarded = place.guard(self._on_key_gone)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.fence.resource!r} token={self.token} {self.status}>"
@@ -128,8 +129,7 @@ class Hold:
         self.check()
         with suppress(SessionLostError):
             await self._lease.renew()
-        found = await self._session.backend.get(self._place.key)
-        if found is None or found.create_revision != self.token:
+        if not await self._place.is_there():
             self._on_key_gone()
         self.check()
         return self.remaining()
@@ -162,8 +162,8 @@ class Hold:
     # ── for the primitives ──────────────────────────────────────────────────────────────────────
 
     def own(self, owner: tuple[bytes, trio.lowlevel.Task]) -> None:
-        """Note which task acquired it."""
-        self._owner = owner
+        """Note which task acquired it, and in which line."""
+        self._owners.append(owner)
         self._session.owners[owner] = self
 
     @asynccontextmanager
@@ -205,16 +205,10 @@ class Hold:
 
     async def finish(self) -> LostError | None:
         """Leave the line; return the loss if the hold was lost before (then nothing else was given back)."""
-        self._guarded.forget()
-        if self._overdue is not None:
-            self._lease.on_overdue.remove(self._overdue)
-            self._overdue = None
-        status = self.status
+        status = self._let_go()
         if status is LockStatus.RELEASED:
             return None
         self._released = status is LockStatus.ACQUIRED
-        if self._owner is not None and self._session.owners.get(self._owner) is self:
-            del self._session.owners[self._owner]
         until = self._session.clean_up_deadline()
         if await self._place.leave(until=until) is False and self._released:
             # The key was gone before we let go of it: somebody deleted it, or our lease.
@@ -227,6 +221,20 @@ class Hold:
             self._session.tally.lock_releases += 1
             return None
         return self._loss(self.status)
+
+    def _let_go(self) -> LockStatus:
+        """Be told of nothing any more, and own nothing; return where the hold stood."""
+        for guarded in self._guarded:
+            guarded.forget()
+        if self._overdue is not None:
+            self._lease.on_overdue.remove(self._overdue)
+            self._overdue = None
+        status = self.status
+        if status is not LockStatus.RELEASED:
+            for owner in self._owners:
+                if self._session.owners.get(owner) is self:
+                    del self._session.owners[owner]
+        return status
 
     async def _find_out_why(self, until: float) -> None:
         # A deleted key may be an operator's doing, or the lease's end: only etcd can tell which.

@@ -68,24 +68,33 @@ async def come_first(place: Place, conditions: tuple[Compare, ...] = ()) -> None
             turn.listen(place.line.key)
             if await place.join(conditions):
                 return
-        ahead = place.ahead if is_watching else None
-        place.waited = True
-        turn.listen(place.key)
-        while not place.is_first:
-            if ahead is None:
-                turn.listen(place.line.key)
-                await place.watch.ready()
-                turn.begin()
-                ahead = await _look(place)
-            if ahead is None:
-                place.is_first = True
-                return
-            # Race: whoever is ahead may have gone between the look and this line; as long as the whole
-            # line is listened to, that is known.
-            turn.stand_behind(ahead.key)
-            turn.ignore(place.line.key)
-            await turn.wait_changed()
-            ahead = None
+        await _wait(turn, place, place.ahead if is_watching else None)
+
+
+async def wait_turn(place: Place) -> None:
+    """Wait until it is the turn of `place`, which is in line; else as `come_first`."""
+    with _Turn(place) as turn:
+        await _wait(turn, place, None)
+
+
+async def _wait(turn: _Turn, place: Place, ahead: KeyValue | None) -> None:
+    place.waited = True
+    turn.listen(place.key)
+    while not place.is_first:
+        if ahead is None:
+            turn.listen(place.line.key)
+            await place.watch.ready()
+            turn.begin()
+            ahead = await _look(place)
+        if ahead is None:
+            place.is_first = True
+            return
+        # Race: whoever is ahead may have gone between the look and this line; as long as the whole
+        # line is listened to, that is known.
+        turn.stand_behind(ahead.key)
+        turn.ignore(place.line.key)
+        await turn.wait_changed()
+        ahead = None
 
 
 async def _look(place: Place) -> KeyValue | None:

@@ -61,9 +61,11 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from etcd_infra._etcd.model import KeyValue
     from etcd_infra._session.keepalive import LivingLease
-    from etcd_infra._session.key_watch import KeyWatch
+    from etcd_infra._session.key_watch import Guarded, KeyWatch
     from etcd_infra._session.session import Session
 
 
@@ -131,6 +133,24 @@ class Place:
         self.ahead: KeyValue | None = None
         self.waited = False
         session.janitor.known_keys.add(self.key)
+
+    def guard(self, gone: Callable[[], None]) -> tuple[Guarded, ...]:
+        """Call `gone` if my key ends, until the guard is told to `forget`."""
+        return (self.watch.guard(self.key, self.token, gone),)
+
+    async def is_there(self) -> bool:
+        """Look whether my key is there still; one round trip."""
+        found = await self.session.backend.get(self.key)
+        return found is not None and found.create_revision == self.token
+
+    def share_fate(self, other: Place) -> None:
+        """Take in that my key was put by the Txn by which `other` joined, or may be still."""
+        self.token, self._unanswered = other.token, other._unanswered
+
+    @property
+    def put(self) -> Put:
+        """What joining writes."""
+        return Put(self.key, self._value, lease=self.lease.id)
 
     # ── joining ─────────────────────────────────────────────────────────────────────────────────
 
@@ -242,7 +262,7 @@ class Place:
         guards = (Compare.modified_at(self.session.own_key.key, generation), Compare.absent(self.key))
         request = Txn(
             (*guards, *conditions),
-            (Put(self.key, self._value, lease=self.lease.id), *reads),
+            (self.put, *reads),
             (Range(KeyRange.one(self.session.own_key.key)), Range(KeyRange.one(self.key)), *looks),
         )
         seen = self.session.lease.highest_revision

@@ -39,6 +39,7 @@ class Leadership(Hold):
 
     def __init__(self, session: Session, place: Place, fence: Fence) -> None:
         super().__init__(session, place, fence, own=None)
+        self._key = place.key
         self._modified = place.token
         self._proclaiming = trio.Lock()
         self._asked = trio.Event()
@@ -90,7 +91,7 @@ class Leadership(Hold):
         raise SessionLostError(str(self._session.lease.error))
 
     async def _write(self, value: bytes) -> None:
-        key, lease = self._place.key, self._session.lease.id
+        key, lease = self._key, self._session.lease.id
         unanswered = False
         failures = 0
         while True:

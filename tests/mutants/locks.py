@@ -88,17 +88,17 @@ LOCKS = (
         "herd",
         "Every release wakes every waiter of the line, and each reads again.",
         "_primitives/_turn.py",
-        "            turn.ignore(place.line.key)\n            await turn.wait_changed()",
-        "            turn._ahead = ahead.key\n            while not turn._deleted and not place.is_first:\n"
-        "                await trio.sleep(0.01)",
+        "        turn.ignore(place.line.key)\n        await turn.wait_changed()",
+        "        turn._ahead = ahead.key\n        while not turn._deleted and not place.is_first:\n"
+        "            await trio.sleep(0.01)",
         "unit/test_lock.py::test_one_release_wakes_one_waiter",
     ),
     Mutant(
         "skip",
         "A waiter whose predecessor gave up believes that it is next.",
         "_primitives/_turn.py",
-        "            await turn.wait_changed()\n",
-        "            await turn.wait_changed()\n            return\n",
+        "        await turn.wait_changed()\n        ahead = None\n",
+        "        await turn.wait_changed()\n        return\n",
         "unit/test_lock.py::test_waiter_that_gives_up_hands_nothing_on",
     ),
     Mutant(
@@ -145,8 +145,8 @@ LOCKS = (
         "only-the-keepalive-counts",
         "The lease is renewed, and nobody notices that the key was deleted.",
         "_primitives/_hold.py",
-        "self._guarded = place.watch.guard(place.key, place.token, self._on_key_gone)",
-        "self._guarded = place.watch.guard(place.key, place.token, lambda: None)",
+        "self._guarded = place.guard(self._on_key_gone)",
+        "self._guarded = place.guard(lambda: None)",
         "unit/test_lock.py::test_deleted_key_cancels_the_body_within_a_second",
     ),
     Mutant(

@@ -28,7 +28,7 @@ def proposal_without_lease():
     """A proposal is put without the lease: the key outlives its leader."""
 
     async def write(self, value):
-        await self._session.backend.txn(Txn(success=(Put(self._place.key, value),)))
+        await self._session.backend.txn(Txn(success=(Put(self._key, value),)))
 
     return replaced(Leadership, "_write", write)
 
@@ -60,7 +60,7 @@ def proposal_without_proof():
     """A proposal is put whatever became of the key: a leader that was deposed is back in line, for ever."""
 
     async def write(self, value):
-        put = Put(self._place.key, value, lease=self._session.lease.id)
+        put = Put(self._key, value, lease=self._session.lease.id)
         await self._session.backend.txn(Txn(success=(put,)))
 
     return replaced(Leadership, "_write", write)

@@ -19,6 +19,8 @@ KINDS = {
     "lock": lambda infra: infra.lock("job"),
     "reading": lambda infra: infra.rwlock("job").read,
     "writing": lambda infra: infra.rwlock("job").write,
+    "multi-lock of one": lambda infra: infra.multi_lock("job"),
+    "multi-lock": lambda infra: infra.multi_lock("job", "other", "third"),
     "semaphore of one": lambda infra: infra.semaphore("job", 1),
     "semaphore of two": lambda infra: infra.semaphore("job", 2),
 }
@@ -32,6 +34,8 @@ FAULTS = {
     "applied late": lambda backend: backend.apply_next_late(LATE_SECONDS),
     "slow": lambda backend: backend.delay_next(1.0),
 }
+# How many places one of the kind has in all.
+PLACES = {"multi-lock": 3}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -45,8 +49,9 @@ def places(etcd):
 async def test_held_for_the_length_of_the_body(kind, etcd, infra, autojump_clock):
     """One place on the session's lease inside the body, none after it; the status follows."""
     async with KINDS[kind](infra) as hold:
-        (mine,) = places(etcd)
-        assert (infra.session.lease.id, hold.token) == (mine.lease, mine.create_revision)
+        mine = places(etcd)
+        assert PLACES.get(kind, 1) == len(mine)
+        assert {(infra.session.lease.id, hold.token)} == {(kv.lease, kv.create_revision) for kv in mine}
         assert LockStatus.ACQUIRED is hold.status
         assert 0 < hold.remaining() <= 30
         await hold.extend()
@@ -86,7 +91,7 @@ async def test_excludes_whom_it_must(kind, etcd, infra, autojump_clock):
                 async with KINDS[kind](two):
                     pass
             assert patience.cancelled_caught is (kind not in TOGETHER)
-            assert 1 == len(places(etcd))
+            assert PLACES.get(kind, 1) == len(places(etcd))
         with trio.fail_after(1):
             async with KINDS[kind](two):
                 pass
@@ -214,6 +219,78 @@ async def check_nothing_is_left(etcd, infra, other):
     assert session is infra.session
     assert not session.owners
     assert {session.own_key.key} == session.janitor.known_keys
+
+
+# ── multi-locks ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_multi_lock_is_in_the_lines_of_its_locks(etcd, infra, autojump_clock):
+    """It waits for each lock's owner, and keeps each lock's waiters away; one deleted key loses it all."""
+    async with open_infra(etcd.node("two"), seed=2) as two:
+        with trio.move_on_after(5) as patience:
+            async with infra.lock("b"), two.multi_lock("a", "b", "c"):
+                pytest.fail("it has what another one holds")
+        assert patience.cancelled_caught
+        with pytest.raises(LockLostError):
+            async with two.multi_lock("a", "b", "c") as hold:
+                for name in "abc":
+                    async with infra.lock(name).attempt() as refused:
+                        assert refused is None
+                await etcd.delete(KeyRange.prefix(KEYS.lock_line("b")))
+                await trio.sleep_forever()
+        assert LockStatus.FENCED is hold.status
+        assert [] == places(etcd)
+        assert not (await etcd.txn(Txn(hold.fence.proof))).succeeded
+
+
+async def test_multi_locks_never_wait_in_a_ring(etcd, autojump_clock):
+    """Thirty tasks of two processes take random sets of five locks, in any order: all get through."""
+    import random
+
+    async with open_infra(etcd.node("one"), seed=1) as one, open_infra(etcd.node("two"), seed=2) as two:
+        draws = random.Random(1)
+        done = []
+
+        async def work(infra, names) -> None:
+            async with infra.multi_lock(*names) as hold:
+                await trio.sleep(0.1)
+                assert (await etcd.txn(Txn(hold.fence.proof))).succeeded
+            done.append(hold.token)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for number in range(30):
+                    names = draws.sample("abcde", draws.randint(1, 4))
+                    nursery.start_soon(work, (one, two)[number % 2], names)
+        assert 30 == len(done)
+        # Nobody stands beside another one in line, also when transactions travel together.
+        created = [
+            (event.key.rpartition(b"/")[0], event.kv.create_revision)
+            for commit in etcd.store.history.between(1, etcd.store.revision)
+            for event in commit.events
+            if event.key.startswith(KEYS.locks) and not event.is_delete
+        ]
+        assert len(created) == len(set(created))
+
+
+async def test_multi_lock_round_trips(etcd, autojump_clock):
+    """Two to take what is free, however many; one for each to give back."""
+    from etcd_infra.testing import RecordingBackend
+
+    recording = RecordingBackend(etcd.node("one"))
+    async with open_infra(recording) as infra:
+        recording.calls.clear()
+        async with infra.multi_lock(*[f"lock-{number}" for number in range(63)]):
+            assert ["txn", "txn"] == recording.verbs()
+        assert len(recording.calls) <= 2 + 63
+        assert [] == places(etcd)
+
+
+@pytest.mark.parametrize("names", [(), ("a", "a"), tuple(f"lock-{number}" for number in range(64))])
+async def test_bad_names_are_refused(infra, names, autojump_clock):
+    """A multi-lock takes one to 63 distinct names."""
+    with pytest.raises(ValueError, match="distinct names"):
+        infra.multi_lock(*names)
 
 
 # ── read-write locks ────────────────────────────────────────────────────────────────────────────

@@ -84,6 +84,7 @@ NAMES = {
     "Operation",
     "OperationResult",
     "Renewal",
+    "MultiLock",
     "RWLock",
     "RWLockInfo",
     "Semaphore",
