@@ -106,9 +106,10 @@ class Places:
 
         # The first one makes late copies stale for all.
         await leave(self._first)
-        async with trio.open_nursery() as nursery:
-            for place in self._others:
-                nursery.start_soon(leave, place)
+        with trio.CancelScope(shield=True):  # each of them ends in time
+            async with trio.open_nursery() as nursery:
+                for place in self._others:
+                    nursery.start_soon(leave, place)
         return False if False in answers else None if None in answers else True
 
     def guard(self, gone: Callable[[], None]) -> tuple[Guarded, ...]:

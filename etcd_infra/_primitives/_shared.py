@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import trio
+
+from etcd_infra.errors import SessionLostError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.background import Background
 
 T = TypeVar("T")
+
+_CLOSED: Final = "the coordinator was closed"
 
 
 class Shared(Generic[T]):
@@ -35,11 +39,14 @@ class Shared(Generic[T]):
         Use it for the length of a body; entering waits until it is open.
 
         Raises:
+            SessionLostError: the coordinator was closed.
             Exception: what opening it raised, for all that waited.
 
         Cancellation:
             The last one to leave waits, shielded, until it is closed.
         """
+        if self._background.dismissed:
+            raise SessionLostError(_CLOSED)
         if self._open is None:
             self._open = _Open(self._opening)
             self._background.start_soon(self._open.run)
@@ -83,6 +90,8 @@ class _Open(Generic[T]):
         await self._settled.wait()
         if self._error is not None:
             raise self._error
+        if not self._values:
+            raise SessionLostError(_CLOSED)
         return self._values[0]
 
     async def close(self) -> None:

@@ -16,6 +16,7 @@ from etcd_infra.errors import (
     LeadershipLostError,
     NotHeldError,
     OutcomeUnknownError,
+    SessionLostError,
     StorageFullError,
 )
 from etcd_infra.testing import FaultyBackend, RecordingBackend
@@ -295,6 +296,32 @@ async def test_six_restarts_under_fresh_ids(etcd, autojump_clock):
                         node.partition()
                         await trio.sleep_forever()
     assert sorted(set(terms)) == terms
+
+
+async def test_election_of_a_closed_coordinator_says_so(etcd, autojump_clock):
+    """Campaigning, registering and looking after the end raise `SessionLostError`; so does waiting into it."""
+    async with open_infra(etcd.node("one")) as infra:
+        election, members = infra.election("job"), infra.members("job")
+    for use in (election.lead, members.register, election.observe):
+        with pytest.raises(SessionLostError, match="closed"):
+            async with use():
+                pytest.fail("it is closed")
+    node = etcd.node("two")
+    raised = []
+
+    async def campaign(infra) -> None:
+        try:
+            async with infra.election("job").lead():
+                pytest.fail("it leads")
+        except SessionLostError as error:
+            raised.append(str(error))
+
+    async with trio.open_nursery() as nursery:
+        async with open_infra(node, seed=2) as infra:
+            node.partition()
+            nursery.start_soon(campaign, infra)
+            await trio.sleep(1)
+    assert 1 == len(raised)
 
 
 # ── yielding ────────────────────────────────────────────────────────────────────────────────────

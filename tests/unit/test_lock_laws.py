@@ -1,14 +1,16 @@
-"""What holds for everything that is taken, held, lost and given back: locks, both sides of an RWLock, semaphores."""
+"""What holds for everything that is taken, held, lost and given back: locks, multi-locks, RWLocks, semaphores."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 import trio
 
-from etcd_infra import LockLostError, LockStatus, NotHeldError
+from etcd_infra import ConflictError, LockLostError, LockStatus, NotHeldError
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, Put, Txn
-from etcd_infra.testing import FaultyBackend
+from etcd_infra.testing import FaultyBackend, RecordingBackend
 from tests.conftest import NAMESPACE, open_infra
 from tests.helpers.cancelling import cancelled_at
 
@@ -245,8 +247,6 @@ async def test_multi_lock_is_in_the_lines_of_its_locks(etcd, infra, autojump_clo
 
 async def test_multi_locks_never_wait_in_a_ring(etcd, autojump_clock):
     """Thirty tasks of two processes take random sets of five locks, in any order: all get through."""
-    import random
-
     async with open_infra(etcd.node("one"), seed=1) as one, open_infra(etcd.node("two"), seed=2) as two:
         draws = random.Random(1)
         done = []
@@ -275,8 +275,6 @@ async def test_multi_locks_never_wait_in_a_ring(etcd, autojump_clock):
 
 async def test_multi_lock_round_trips(etcd, autojump_clock):
     """Two to take what is free, however many; one for each to give back."""
-    from etcd_infra.testing import RecordingBackend
-
     recording = RecordingBackend(etcd.node("one"))
     async with open_infra(recording) as infra:
         recording.calls.clear()
@@ -380,8 +378,6 @@ async def test_never_more_holders_than_permits(permits, etcd, autojump_clock):
 
 async def test_other_number_of_permits_is_a_conflict(etcd, infra, autojump_clock):
     """While it is in use the number is compared; when it is idle it may change."""
-    from etcd_infra import ConflictError
-
     async with infra.semaphore("job", 2):
         async with open_infra(etcd.node("two"), seed=2) as two:
             with pytest.raises(ConflictError, match="2 permits"):
@@ -395,8 +391,6 @@ async def test_other_number_of_permits_is_a_conflict(etcd, infra, autojump_clock
 
 async def test_one_release_wakes_one_of_a_thousand(etcd, autojump_clock):
     """A thousand wait for two permits: a release costs the head of the queue two requests, and the others one look."""
-    from etcd_infra.testing import RecordingBackend
-
     recording = RecordingBackend(etcd.node("many"))
     async with open_infra(etcd.node("one"), seed=1) as one, open_infra(recording, seed=2, ttl=60) as many:
         granted = []
