@@ -132,8 +132,8 @@ async def killed_leader(endpoints, ttl):
     ("kills", "with_leader_change"),
     [
         (3, False),
-        pytest.param(25, False, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
-        pytest.param(10, True, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+        pytest.param(15, False, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+        pytest.param(6, True, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
     ],
     ids=["thrice", "many", "while the raft leader changes"],
 )
@@ -180,8 +180,8 @@ async def test_black_holed_leader_is_told_before_its_key_goes():
 
 @pytest.mark.parametrize(
     ("broken_seconds", "rounds"),
-    [(8, 20), pytest.param(60, 100, marks=[pytest.mark.slow, pytest.mark.timeout(300)])],
-    ids=["for a moment", "for a minute"],
+    [(8, 20), pytest.param(30, 50, marks=[pytest.mark.slow, pytest.mark.timeout(300)])],
+    ids=["for a moment", "for half a minute"],
 )
 async def test_processes_campaign_while_everything_breaks(tmp_path, broken_seconds, rounds):
     """
