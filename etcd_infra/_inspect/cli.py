@@ -101,6 +101,27 @@ def dev_server() -> None:
         typer.echo("stopped; its data is gone")
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(  # noqa: PLR0913, PLR0917
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments, after `--`.")],
+    lock: Annotated[str | None, typer.Option(help="Run it while this lock is held.")] = None,
+    elect: Annotated[str | None, typer.Option(help="Run it while this process leads here.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the lock; else exit with 75 if it is held.")] = True,  # noqa: FBT002
+    grace: Annotated[float, typer.Option(help="Seconds between SIGTERM and SIGKILL.")] = 5.0,
+    ttl: Annotated[int, typer.Option(help="Seconds for which it is held if this machine dies.")] = 15,
+    namespace: Namespace = "",
+    endpoints: Endpoints = DEFAULT_ENDPOINTS,
+) -> None:
+    """Run a command under a lock or a leadership, and end it if that is lost."""
+    from etcd_infra._inspect.supervise import Job, run_job
+
+    try:
+        job = Job(command, lock, elect, waits=wait, grace=grace, ttl=ttl)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(_run(run_job, endpoints, namespace, job))
+
+
 @app.command()
 def demo(
     endpoints: Annotated[
