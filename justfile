@@ -46,6 +46,10 @@ bench *ARGS:
 bench-state *ARGS:
     {{python}} benchmarks/state.py {{ARGS}}
 
+# Elections and the kinds of locks beside etcd's own lock service and kazoo.
+bench-elections *ARGS:
+    {{python}} benchmarks/elections.py {{ARGS}}
+
 # The bugs of naive implementations, put into a copy of the tree: some test must fail with each of them.
 mutants *ARGS:
     {{python}} -m tests.mutants.run {{ARGS}}

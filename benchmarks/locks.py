@@ -14,7 +14,7 @@ import statistics
 from functools import partial
 
 import trio
-from racing import OURS, PEERS, add_options, install, quantile, race, version
+from racing import OURS, add_options, install, quantile, race, version
 
 from etcd_infra import open_coordinator, open_etcd
 from etcd_infra.testing import EtcdServer, RecordingBackend
@@ -116,5 +116,5 @@ async def hand_over_goal(python: str, endpoint: str, options: argparse.Namespace
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    add_options(parser, list(PEERS))
+    add_options(parser, ["aetcd", "etcetra", "tooz"])
     trio.run(main, parser.parse_args())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import argparse
 
 HERE = Path(__file__).parent
-PEERS = {"aetcd": ["aetcd"], "etcetra": ["etcetra"], "tooz": ["tooz", "etcd3gw"]}
+PEERS = {"aetcd": ["aetcd"], "etcetra": ["etcetra"], "tooz": ["tooz", "etcd3gw"], "kazoo": ["kazoo"]}
 OURS = "etcd-infra"
 
 
@@ -40,14 +40,27 @@ def version(peer: str, python: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def race(python: str, event: str, peer: str, *arguments: object, seconds: float) -> dict | None:
-    """Run a peer's script of an event (a folder of `peers`); return what it reports, None if it fails."""
+def command_of(python: str, event: str, peer: str, *arguments: object) -> list[str]:
+    """Return the command line of a peer's script of an event (a folder of `peers`)."""
     script = HERE / "peers" / event / f"with_{peer.replace('-', '_')}.py"
-    command = [python, "-W", "ignore", script, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(HERE / "peers")}
+    return [python, "-W", "ignore", str(script), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Return what a peer's script needs around it."""
+    return os.environ | {"PYTHONPATH": str(HERE / "peers")}
+
+
+def race(python: str, event: str, peer: str, *arguments: object, seconds: float) -> dict | None:
+    """Run a peer's script of an event; return what it reports, None if it fails."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=seconds * 10 + 60, env=environment
+            command_of(python, event, peer, *arguments),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=seconds * 10 + 60,
+            env=environment(),
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         tail = (getattr(error, "stderr", None) or str(error))[-300:]

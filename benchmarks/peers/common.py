@@ -7,6 +7,11 @@ import sys
 import time
 
 
+def says(what: str) -> None:
+    """Tell whoever started this script, at once."""
+    print(what, flush=True)
+
+
 class Race:
     """
     Counts and times what tasks do until the time is over.
