@@ -70,6 +70,7 @@ class LockProgram:
     """The program of one run; an instance is what `simulate` calls."""
 
     ways = WAYS
+    refusals = (EtcdError, LostError)
 
     def __init__(self, shape):
         self.shape = shape
@@ -137,7 +138,7 @@ class LockProgram:
                             )
                 if late.cancelled_caught:
                     process.note("cancelled", operation=operation)
-            except (EtcdError, LostError) as error:
+            except self.refusals as error:
                 process.note("failed", operation=operation, error=type(error).__name__)
                 return False
         if interrupted.cancelled_caught:
@@ -188,17 +189,18 @@ class LockProgram:
     async def write(self, process, name, operation, hold, number):
         """Write once, guarded by the fence."""
         value = self.value_of(name, hold, operation, number)
+        puts = tuple(Put(key, value) for key in self.registers(name))
         try:
-            written = await process.backend.txn(Txn(hold.fence.proof, (Put(self.data_key(name), value),)))
+            written = await process.backend.txn(Txn(hold.fence.proof, puts))
         except OutcomeUnknownError:
             process.note("unknown", operation=operation, token=hold.token)
         else:
             process.note("written" if written.succeeded else "fenced", operation=operation, token=hold.token)
 
     @staticmethod
-    def data_key(name):
-        """Name what a lock protects."""
-        return DATA + name.encode()
+    def registers(name):
+        """Name what is written under a lock, each with the line that decides who may."""
+        return {DATA + name.encode(): KEYS.lock_line(name)}
 
     @staticmethod
     def value_of(name, hold, operation, number):
@@ -208,4 +210,6 @@ class LockProgram:
 
 def tell(process, name, operation, hold):
     """Note a grant."""
-    process.note("granted", operation=operation, lock=name, token=hold.token, key=hold.fence.proof[0].range.key)
+    key, *others = (compare.range.key for compare in hold.fence.proof)
+    facts = {"others": tuple(others)} if others else {}
+    process.note("granted", operation=operation, lock=name, token=hold.token, key=key, **facts)
