@@ -188,6 +188,10 @@ class LockChecks:
             *self.failures(),
         ]
 
+    def told_in(self, number):
+        """List those that asked for and were granted something within one lineage of the store."""
+        return [story for story in self.stories if story.granted_lineage == number == story.lineage]
+
     def hit(self, invariant, at, node=""):
         """Note that an invariant was checked on something that happened."""
         self.hits.append(Hit(invariant, at, node))
@@ -199,7 +203,7 @@ class LockChecks:
         for number, lineage in enumerate(self.run.lineages):
             began = self.run.began_at[number]
             # After a restore an owner of before may still have its key, and another one's is there again.
-            mine = {story.token for story in self.stories if story.lineage == story.granted_lineage == number}
+            mine = {story.token for story in self.told_in(number)}
             claim = partial(self._claim_among, mine)
             yield from check_fences([timed.commit for timed in lineage], self.prefix, claim, rule=self.rule)
             for timed in lineage:
@@ -211,7 +215,7 @@ class LockChecks:
     def grants(self):
         """Check what callers were told against who was first in line."""
         for number, lineage in enumerate(self.run.lineages):
-            told = [story for story in self.stories if story.granted_lineage == number == story.lineage]
+            told = self.told_in(number)
             grants = [
                 Grant(line, story.token, story.asked_revision, story.granted_revision, story.process)
                 for story in told

@@ -149,18 +149,13 @@ class LockProgram:
 
     @asynccontextmanager
     async def _taken(self, infra, process, way, name, operation):
+        lock = self.lock_of(infra, way, name)
         if way == "attempt":
-            async with infra.lock(name).attempt() as hold:
+            async with lock.attempt() as hold:
                 if hold is not None:
                     tell(process, name, operation, hold)
                 yield hold
             return
-        options = {}
-        if way == "own lease":
-            options["ttl"] = self.shape.ttl
-        if way == "manual":
-            options["renewal"] = Renewal.MANUAL
-        lock = infra.lock(name, **options)
         if way == "by hand":
             hold = await lock.acquire()
             tell(process, name, operation, hold)
@@ -172,6 +167,12 @@ class LockProgram:
         async with lock as hold:
             tell(process, name, operation, hold)
             yield hold
+
+    def lock_of(self, infra, way, name):
+        """Make the lock."""
+        if way == "own lease":
+            return infra.lock(name, ttl=self.shape.ttl)
+        return infra.lock(name, renewal=Renewal.MANUAL if way == "manual" else Renewal.AUTO)
 
     async def _body(self, process, name, operation, hold, *, last):
         """Write under the fence now and then, until the work is done or the hold is lost."""

@@ -223,6 +223,25 @@ async def check_nothing_is_left(etcd, infra, other):
     assert {session.own_key.key} == session.janitor.known_keys
 
 
+@every_kind
+async def test_no_two_have_one_token(kind, etcd, autojump_clock):
+    """Fifteen tasks of one process ask at once: each hold has a token of its own, also where all hold it together."""
+    async with open_infra(etcd.node("one")) as infra, trio.open_nursery() as nursery:
+        tokens = []
+
+        async def take() -> None:
+            async with KINDS[kind](infra) as hold:
+                tokens.append(hold.token)
+                await trio.sleep(1)
+
+        for _ in range(15):
+            nursery.start_soon(take)
+        with trio.fail_after(30):
+            while len(tokens) < 15:
+                await trio.sleep(1)
+    assert 15 == len(set(tokens))
+
+
 # ── multi-locks ─────────────────────────────────────────────────────────────────────────────────
 
 
