@@ -74,7 +74,10 @@ class SemaphoreChecks(LockChecks):
     def permits(self):
         """Check that permits are counted, compared, given in the order of the queue, and never lie idle."""
         for number, lineage in enumerate(self.run.lineages):
-            wanted = {story.token: int(story.lock.split()[2]) for story in self.told_in(number)}
+            wanted = {}
+            for story in self.told_in(number):
+                _, name, permits = story.lock.split()
+                wanted[story.token, name.encode()] = int(permits)
             settled = self.run.began_at[number] + (RESTORED_SECONDS if number else 0.0)
             semaphores = defaultdict(Semaphore)
             since = {}
@@ -89,7 +92,8 @@ class SemaphoreChecks(LockChecks):
                     for event in events:
                         now.apply(event, timed)
                     if timed.at >= settled and "#" in timed.origin:
-                        yield from self._given(timed, before, now, wanted)
+                        taken_as = wanted.get((timed.commit.revision, name), now.permits)
+                        yield from self._given(timed, before, now, taken_as)
                     if before.awaited != now.awaited:
                         if before.awaited is not None:
                             yield from self._awaited(before.awaited, since[name], timed.at)
@@ -108,7 +112,7 @@ class SemaphoreChecks(LockChecks):
         counted = [place for place in now.holders.values() if "#" in place.origin]
         if len(counted) > now.permits or len(came) > 1:
             yield Violation("permits", f"{timed.origin} made it {now}", timed.at)
-        if wanted.get(timed.commit.revision, now.permits) != now.permits:
+        if wanted != now.permits:
             yield Violation("permits", f"{timed.origin} took one of {now.permits}", timed.at)
         left = before.queue.keys() - now.queue.keys()
         if before.head is None:

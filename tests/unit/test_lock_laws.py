@@ -264,6 +264,43 @@ async def test_multi_lock_is_in_the_lines_of_its_locks(etcd, infra, autojump_clo
         assert not (await etcd.txn(Txn(hold.fence.proof))).succeeded
 
 
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+async def test_multi_lock_that_waits_and_loses_a_key_is_told(name, etcd, infra, autojump_clock):
+    """Whichever of its keys goes while another lock is waited for: told within a second, and nothing is left."""
+    async with infra.lock("b"), open_infra(etcd.node("two"), seed=2) as two, trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(LockLostError, match="was deleted"):
+                await two.multi_lock("a", "b", "c").acquire()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait)
+        await trio.sleep(5)
+        (key,) = [
+            kv.key for kv in places(etcd) if kv.lease == two.session.lease.id and f"/{name}/" in kv.key.decode()
+        ]
+        await etcd.delete(KeyRange.one(key))
+        await trio.sleep(1)
+        pytest.fail("it waits on")
+    assert [] == places(etcd)
+
+
+async def test_multi_lock_is_granted_only_if_all_keys_are_seen(etcd, infra, autojump_clock):
+    """A key of a lock that it had come to already goes right before the last turn comes: lost, not granted."""
+    holder = await infra.lock("b").acquire()
+    async with open_infra(etcd.node("two"), seed=2) as two, trio.open_nursery() as nursery:
+
+        async def release() -> None:
+            await trio.sleep(0.1)
+            await etcd.delete(KeyRange.prefix(KEYS.lock_line("a")))
+            await holder.release()
+
+        nursery.start_soon(release)
+        with pytest.raises(LockLostError):
+            await two.multi_lock("a", "b").acquire()
+    assert [] == places(etcd)
+
+
 async def test_multi_locks_never_wait_in_a_ring(etcd, autojump_clock):
     """Thirty tasks of two processes take random sets of five locks, in any order: all get through."""
     async with open_infra(etcd.node("one"), seed=1) as one, open_infra(etcd.node("two"), seed=2) as two:
