@@ -19,6 +19,8 @@ from etcd_infra._primitives.leader_state import LeaderState, LeaderStatus, Quoru
 from etcd_infra._primitives.leader_watch import Leader, LeaderWatch
 from etcd_infra._primitives.leadership import Leadership
 from etcd_infra._primitives.lock import Lock
+from etcd_infra._primitives.lock_cycles import CycleInfo
+from etcd_infra._primitives.lock_history import LockHistory, Tenure
 from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra._primitives.member_watch import MemberChange, MemberEvent, MemberWatch
 from etcd_infra._primitives.members import Members
@@ -96,6 +98,7 @@ __all__ = [
     "Consistency",
     "Coordinator",
     "Counter",
+    "CycleInfo",
     "Decrement",
     "Delete",
     "Election",
@@ -125,6 +128,7 @@ __all__ = [
     "LeaseNotFoundError",
     "Listing",
     "Lock",
+    "LockHistory",
     "LockInfo",
     "LockLike",
     "LockLostError",
@@ -161,6 +165,7 @@ __all__ = [
     "StateWatch",
     "StorageFullError",
     "StoreResetError",
+    "Tenure",
     "TlsConfig",
     "Transaction",
     "TransactionInfo",

@@ -129,8 +129,9 @@ class Coordinator:
         Describe what is in etcd.
 
         Args:
-            kind: "locks", "elections", "members", "state", "transactions", "sessions", "leases" or "health".
-            name: One lock, election or group, or how state keys begin.
+            kind: "locks", "rwlocks", "semaphores", "cycles" (who waits for each other), "elections", "members",
+                "state", "transactions", "sessions", "leases" or "health".
+            name: One lock, semaphore, election or group, or how state keys begin.
 
         Raises:
             ValueError: there is no such kind.

@@ -16,7 +16,11 @@ from etcd_infra._primitives.election_info import (
     inspect_elections,
     inspect_members,
 )
+from etcd_infra._primitives.lock_cycles import CycleInfo, inspect_cycles
+from etcd_infra._primitives.lock_history import LockHistory, lock_history
 from etcd_infra._primitives.lock_info import LockInfo, inspect_lock, inspect_locks
+from etcd_infra._primitives.rwlock_info import RWLockInfo, inspect_rwlock, inspect_rwlocks
+from etcd_infra._primitives.semaphore_info import SemaphoreInfo, inspect_semaphore, inspect_semaphores
 from etcd_infra._primitives.state_info import StateInfo, inspect_state
 from etcd_infra._primitives.transaction_info import TransactionInfo, inspect_transactions
 from etcd_infra.errors import EtcdError
@@ -114,6 +118,8 @@ class Inspector:
         """
         named: dict[str, Callable[[str], Awaitable[object]]] = {
             "locks": self.lock,
+            "rwlocks": self.rwlock,
+            "semaphores": self.semaphore,
             "elections": self.elections,
             "members": self.members,
             "state": self.state,
@@ -122,6 +128,9 @@ class Inspector:
             return await named[kind](name)
         kinds: dict[str, Callable[[], Awaitable[object]]] = {
             "locks": self.locks,
+            "rwlocks": self.rwlocks,
+            "semaphores": self.semaphores,
+            "cycles": self.cycles,
             "elections": self.elections,
             "members": self.members,
             "state": self.state,
@@ -145,6 +154,30 @@ class Inspector:
     async def locks(self) -> tuple[LockInfo, ...]:
         """Describe every lock that is held."""
         return await inspect_locks(self._backend, self._keys)
+
+    async def lock_history(self, name: str) -> LockHistory:
+        """Replay who owned a lock, as far back as etcd remembers."""
+        return await lock_history(self._backend, name, KeyRange.prefix(self._keys.lock_line(name)))
+
+    async def rwlock(self, name: str) -> RWLockInfo:
+        """Describe one read-write lock."""
+        return await inspect_rwlock(self._backend, self._keys, name)
+
+    async def rwlocks(self) -> tuple[RWLockInfo, ...]:
+        """Describe every read-write lock that is held."""
+        return await inspect_rwlocks(self._backend, self._keys)
+
+    async def semaphore(self, name: str) -> SemaphoreInfo:
+        """Describe one semaphore."""
+        return await inspect_semaphore(self._backend, self._keys, name)
+
+    async def semaphores(self) -> tuple[SemaphoreInfo, ...]:
+        """Describe every semaphore that was ever used."""
+        return await inspect_semaphores(self._backend, self._keys)
+
+    async def cycles(self) -> tuple[CycleInfo, ...]:
+        """Find the rings of tasks that wait for each other, across locks, read-write locks and semaphores."""
+        return await inspect_cycles(self._backend, self._keys)
 
     async def elections(self, name: str | None = None) -> tuple[ElectionInfo, ...]:
         """Describe every election that somebody leads, or one election."""

@@ -130,6 +130,10 @@ class Keys:
         """How many permits there are, in decimal; without a lease."""
         return self.semaphore(name) + b"permits"
 
+    def parse_semaphore(self, key: bytes) -> str | None:
+        """Return the semaphore's name of one of its keys, None for other keys."""
+        return _name_of_line(key, self.semaphores)
+
     # ── elections and members ───────────────────────────────────────────────────────────────────
 
     @property
@@ -232,6 +236,11 @@ WRITER: Final = b"write-"
 def place(line: bytes, lease: int, number: int, *, role: bytes = b"") -> bytes:
     """Return a key in a line: unique for ever, as `number` is never used twice by one lease."""
     return line + role + b"%x-%d" % (lease, number)
+
+
+def is_writer(key: bytes) -> bool:
+    """Whether a key in the line of a read-write lock is a writer's."""
+    return key.rpartition(b"/")[2].startswith(WRITER)
 
 
 def place_lease(key: bytes) -> int | None:

@@ -30,6 +30,9 @@ class Kind(StrEnum):
     """What can be inspected."""
 
     LOCKS = "locks"
+    RWLOCKS = "rwlocks"
+    SEMAPHORES = "semaphores"
+    CYCLES = "cycles"
     ELECTIONS = "elections"
     MEMBERS = "members"
     STATE = "state"
@@ -39,7 +42,7 @@ class Kind(StrEnum):
     HEALTH = "health"
 
 
-NAMED = (Kind.LOCKS, Kind.ELECTIONS, Kind.MEMBERS, Kind.STATE)
+NAMED = (Kind.LOCKS, Kind.RWLOCKS, Kind.SEMAPHORES, Kind.ELECTIONS, Kind.MEMBERS, Kind.STATE)
 
 
 class Output(StrEnum):
@@ -61,10 +64,11 @@ DEFAULT_ENDPOINTS = "http://127.0.0.1:2379"
 def inspect(  # noqa: PLR0913, PLR0917 - these are the command's options
     kind: Annotated[Kind | None, typer.Argument(help="What to show; everything if left out.")] = None,
     name: Annotated[
-        str | None, typer.Argument(help="One lock, election or group, or how state keys begin.")
+        str | None, typer.Argument(help="One lock, semaphore, election or group, or how state keys begin.")
     ] = None,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to show it.")] = Output.TABLE,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again each second.")] = False,  # noqa: FBT002
+    history: Annotated[bool, typer.Option(help="With `locks NAME`: who owned it before.")] = False,  # noqa: FBT002
     namespace: Namespace = "",
     endpoints: Endpoints = DEFAULT_ENDPOINTS,
 ) -> None:
@@ -72,6 +76,11 @@ def inspect(  # noqa: PLR0913, PLR0917 - these are the command's options
     if name is not None and kind not in NAMED:
         named = ", ".join(NAMED)
         raise typer.BadParameter(f"{kind or 'everything'} has no names; NAME goes with {named}")
+    if history:
+        if kind is not Kind.LOCKS or name is None or watch:
+            raise typer.BadParameter("--history goes with `locks NAME`, and not with --watch")
+        _run(_history, endpoints, namespace, name, output)
+        return
     kinds = [kind] if kind is not None else list(Kind)
     _run(_inspect, endpoints, namespace, kinds, name, output, watch)
 
@@ -99,6 +108,27 @@ def dev_server() -> None:
         _run(serve)
     except KeyboardInterrupt:
         typer.echo("stopped; its data is gone")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(  # noqa: PLR0913, PLR0917
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments, after `--`.")],
+    lock: Annotated[str | None, typer.Option(help="Run it while this lock is held.")] = None,
+    elect: Annotated[str | None, typer.Option(help="Run it while this process leads here.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the lock; else exit with 75 if it is held.")] = True,  # noqa: FBT002
+    grace: Annotated[float, typer.Option(help="Seconds between SIGTERM and SIGKILL.")] = 5.0,
+    ttl: Annotated[int, typer.Option(help="Seconds for which it is held if this machine dies.")] = 15,
+    namespace: Namespace = "",
+    endpoints: Endpoints = DEFAULT_ENDPOINTS,
+) -> None:
+    """Run a command under a lock or a leadership, and end it if that is lost."""
+    from etcd_infra._inspect.supervise import Job, run_job
+
+    try:
+        job = Job(command, lock, elect, waits=wait, grace=grace, ttl=ttl)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(_run(run_job, endpoints, namespace, job))
 
 
 @app.command()
@@ -146,6 +176,17 @@ async def _inspect(  # noqa: PLR0913, PLR0917
             await trio.sleep(WATCH_SECONDS)
 
 
+async def _history(endpoints: str, namespace: str, name: str, output: Output) -> None:
+    from etcd_infra._inspect.render import to_json
+
+    async with open_etcd(endpoints) as backend:
+        found = await Inspector(backend, namespace).lock_history(name)
+    if output is Output.JSON:
+        sys.stdout.write(to_json(found) + "\n")
+    else:
+        _print_table(f"{found.name}, since revision {found.since_revision}", found.tenures)
+
+
 async def _look(
     inspector: Inspector, endpoints: str, kinds: list[Kind], name: str | None
 ) -> dict[Kind, object]:
@@ -166,18 +207,22 @@ async def _every_health(endpoints: str) -> tuple[HealthInfo, ...]:
 
 
 def _show(found: dict[Kind, object], output: Output) -> None:
-    from etcd_infra._inspect.render import to_json, to_table
+    from etcd_infra._inspect.render import to_json
 
     if output is Output.JSON:
         sole = next(iter(found.values())) if len(found) == 1 else found
         sys.stdout.write(to_json(sole) + "\n")
         return
+    for kind, infos in found.items():
+        _print_table(kind.value, cast("Sequence[Any]", infos if isinstance(infos, tuple) else (infos,)))
+
+
+def _print_table(title: str, rows: Sequence[Any]) -> None:
     from rich.console import Console
 
-    console = Console()
-    for kind, infos in found.items():
-        rows = cast("Sequence[Any]", infos if isinstance(infos, tuple) else (infos,))
-        console.print(to_table(kind.value, rows, now=time.time()))
+    from etcd_infra._inspect.render import to_table
+
+    Console().print(to_table(title, rows, now=time.time()))
 
 
 async def _health(endpoints: str, timeout: float) -> HealthInfo | None:  # noqa: ASYNC109 - the probe's own limit

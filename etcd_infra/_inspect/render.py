@@ -58,6 +58,8 @@ def _cell(name: str, value: object, now: float) -> str:  # noqa: PLR0911 - one p
             return f"{value * 1000:.1f} ms"
         case int() if "ttl" in name:
             return f"{value} s"
+        case tuple() if name.endswith("_at"):
+            return "\n".join(_cell(name, item, now) for item in value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         case tuple():
             return "\n".join(str(item) for item in value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         case _:

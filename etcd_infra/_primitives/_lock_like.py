@@ -14,7 +14,6 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
-import msgspec
 import trio
 
 from etcd_infra._etcd.model import Compare, KeyRange, Range, SortTarget, Txn
@@ -22,6 +21,7 @@ from etcd_infra._primitives._fenced import fenced
 from etcd_infra._primitives._hold import Hold, LockStatus
 from etcd_infra._primitives._owner import check_not_owner, take_once
 from etcd_infra._primitives._turn import come_first
+from etcd_infra._primitives._who import introduce
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._session.granting import grant
 from etcd_infra._session.own_lease import OwnLease
@@ -174,8 +174,7 @@ class LockLike(ABC):
         if self._ttl is not None or self._renewal is Renewal.MANUAL:
             ttl = self._ttl or session.lease.ttl
             own = OwnLease(session, await grant(session.backend, session.clock, session.random, ttl=ttl))
-        who = {"node": session.node_id, "since": session.clock.wall()}
-        place = self._spot.place(session, msgspec.json.encode(who), own.lease if own else None)
+        place = self._spot.place(session, introduce(session), own.lease if own else None)
         try:
             if not await self._come_first(session, place, wait=wait):
                 if own:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from etcd_infra._etcd.keys import place_lease
 from etcd_infra._etcd.model import KeyRange, KeyValue, Range, SortTarget
+from etcd_infra._primitives._who import least_ttl, who_is
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from etcd_infra._etcd.backend import Backend
     from etcd_infra._etcd.keys import Keys
@@ -30,6 +28,7 @@ class LockInfo:
         ttl: Whole seconds left of the owner's lease, as the server says; None if free.
         acquired_at: Unix seconds, by the owner's clock, when it joined the line (it says nothing of its
             own about when its turn came); None if free or foreign.
+        queued_at: The same for each in the queue.
     """
 
     name: str
@@ -38,11 +37,7 @@ class LockInfo:
     queue: tuple[str, ...] = ()
     ttl: int | None = None
     acquired_at: float | None = None
-
-
-class _Who(msgspec.Struct):
-    node: str
-    since: float | None = None
+    queued_at: tuple[float | None, ...] = ()
 
 
 async def inspect_lock(backend: Backend, keys: Keys, name: str) -> LockInfo:
@@ -54,37 +49,32 @@ async def inspect_lock(backend: Backend, keys: Keys, name: str) -> LockInfo:
 async def inspect_locks(backend: Backend, keys: Keys) -> tuple[LockInfo, ...]:
     """Describe every lock that somebody holds, by name; one round trip, and one per lock."""
     everything = Range(KeyRange.prefix(keys.locks), sort_by=SortTarget.CREATE)
-    lines: dict[str, list[KeyValue]] = {}
-    for kv in (await backend.range(everything)).kvs:
-        name = keys.parse_lock(kv.key)
+    lines = by_name((await backend.range(everything)).kvs, keys.parse_lock)
+    return tuple([await _describe(backend, name, kvs) for name, kvs in lines.items()])
+
+
+def by_name(
+    kvs: Sequence[KeyValue], parse: Callable[[bytes], str | None], names: Sequence[str] = ()
+) -> dict[str, list[KeyValue]]:
+    """Sort keys by the name of what they belong to, those of `names` included that have no keys."""
+    found: dict[str, list[KeyValue]] = {name: [] for name in names}
+    for kv in kvs:
+        name = parse(kv.key)
         if name is not None:
-            lines.setdefault(name, []).append(kv)
-    return tuple([await _describe(backend, name, kvs) for name, kvs in sorted(lines.items())])
+            found.setdefault(name, []).append(kv)
+    return dict(sorted(found.items()))
 
 
 async def _describe(backend: Backend, name: str, kvs: Sequence[KeyValue]) -> LockInfo:
     if not kvs:
         return LockInfo(name)
-    owner = kvs[0]
-    ttl = (await backend.lease_time_to_live(owner.lease)).ttl if owner.lease else None
+    owner, *queue = [who_is(kv) for kv in kvs]
     return LockInfo(
         name,
-        holder=_who(owner).node,
-        token=owner.create_revision,
-        queue=tuple(_who(kv).node for kv in kvs[1:]),
-        ttl=ttl,
-        acquired_at=_who(owner).since,
+        holder=owner.node,
+        token=kvs[0].create_revision,
+        queue=tuple(who.node for who in queue),
+        ttl=await least_ttl(backend, kvs[:1]),
+        acquired_at=owner.since,
+        queued_at=tuple(who.since for who in queue),
     )
-
-
-def holder_of(kv: KeyValue) -> str:
-    """Name the node that stands at a place; for a foreign client its lease."""
-    return _who(kv).node
-
-
-def _who(kv: KeyValue) -> _Who:
-    try:
-        return msgspec.json.decode(kv.value, type=_Who)
-    except msgspec.DecodeError:  # etcdctl's and Go's values are empty
-        lease = kv.lease or place_lease(kv.key) or 0
-        return _Who(f"lease {lease:x}")

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 import trio
 
 from etcd_infra._primitives._hold import Hold
@@ -34,6 +33,7 @@ from etcd_infra._primitives._lock_like import LockLike
 from etcd_infra._primitives._owner import check_not_owner
 from etcd_infra._primitives._places import Places
 from etcd_infra._primitives._waitqueue import Spot
+from etcd_infra._primitives._who import introduce
 from etcd_infra._primitives.fence import Fence
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class MultiLock(LockLike):
     async def _take(self, session: Session, *, wait: bool) -> Hold | None:
         for spot in self._spots[1:]:
             check_not_owner(session, spot.line, self)
-        who = msgspec.json.encode({"node": session.node_id, "since": session.clock.wall()})
+        who = introduce(session)
         places = Places([spot.place(session, who) for spot in self._spots])
         taken = False
         try:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
 import trio
 
 from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Operator, Put, Range, Target, Txn
@@ -37,6 +36,7 @@ from etcd_infra._primitives._lock_like import LockLike
 from etcd_infra._primitives._reads import unchanged_since
 from etcd_infra._primitives._turn import ask, come_first, listening
 from etcd_infra._primitives._waitqueue import NotAdmittedError, Spot
+from etcd_infra._primitives._who import introduce
 from etcd_infra._primitives.semaphore_info import SemaphoreInfo, inspect_semaphore
 from etcd_infra.errors import ConflictError
 
@@ -93,7 +93,7 @@ class Semaphore(LockLike):
         return await inspect_semaphore(session.backend, self._keys, self.name)
 
     async def _take(self, session: Session, *, wait: bool) -> Hold | None:
-        who = msgspec.json.encode({"node": session.node_id, "since": session.clock.wall()})
+        who = introduce(session)
         holder = self._spot.place(session, who)
         try:
             taken = await (self._wait(session, holder, who) if wait else self._try(session, holder))

@@ -29,6 +29,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -111,6 +112,8 @@ class Session:
         self._clean_up_ran_out_at = -inf
         self._watches: dict[bytes, KeyWatch] = {}
         self._numbers = 0
+        self._tasks: WeakKeyDictionary[trio.lowlevel.Task, int] = WeakKeyDictionary()
+        self._tasks_seen = 0
 
     def __repr__(self) -> str:
         return f"<Session {self.node_id} lease={self.lease.id:x} {self.status}>"
@@ -163,6 +166,14 @@ class Session:
         """Return a number that this session never used in a key's name."""
         self._numbers += 1
         return self._numbers
+
+    def number_of_task(self) -> int:
+        """Return the running task's number, the same as long as it runs."""
+        task = trio.lowlevel.current_task()
+        if task not in self._tasks:
+            self._tasks_seen += 1
+            self._tasks[task] = self._tasks_seen
+        return self._tasks[task]
 
     def key_watch(self, prefix: bytes) -> KeyWatch:
         """Return the one watch on `prefix` of this session."""

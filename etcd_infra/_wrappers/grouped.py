@@ -2,9 +2,10 @@
 Group commit: transactions that would queue up on their way to etcd travel together, as one.
 
 Algorithm
-    1. While fewer than three of this process's transactions are on their way, each is sent as it is.
-    2. Beyond that they wait, until an answer comes or for ten milliseconds; then those that have nothing to
-       do with each other leave as one Txn of nested ones.
+    1. While none of this process's transactions is on its way, one is sent as it is.
+    2. Others wait for the end of the loop's turn, so that those that an answer just woke leave together: those
+       that have nothing to do with each other as one Txn of nested ones. While four are on their way, the
+       next wait until one of these comes back, or for ten milliseconds.
     3. A definite refusal of a group says nothing about its members: each is sent alone, and groups are
        smaller for a while. An unknown outcome is unknown for each.
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.backend import Backend
     from etcd_infra._etcd.background import Background
 
-ON_THEIR_WAY: Final = 3
+ON_THEIR_WAY: Final = 4
 PATIENCE_SECONDS: Final = 0.01
 # etcd: 128 is the longest list of each level, added up; 1.5 MiB is the longest request.
 GROUP_MEMBERS: Final = 32
@@ -54,7 +55,7 @@ class Grouped(Wrapping):
     Args:
         inner: Sends them.
         background: Where groups are carried; it must outlive every call.
-        on_their_way: How many are sent as they are.
+        on_their_way: How many may be on their way at a time.
     """
 
     def __init__(self, inner: Backend, background: Background, *, on_their_way: int = ON_THEIR_WAY) -> None:
@@ -64,12 +65,15 @@ class Grouped(Wrapping):
         self._on_their_way = 0
         self._waiting: dict[_Member, None] = {}
         self._departures = 0
+        self._boarding = False
         self._patience_runs = False
         self._members = GROUP_MEMBERS
 
     async def txn(self, request: Txn, /) -> TxnResult:
         """See `Backend`."""
-        if self._on_their_way >= self._capacity and not request.is_read_only:
+        if request.is_read_only:
+            return await self.inner.txn(request)
+        if self._on_their_way:
             footprint = Footprint.of(request)
             if footprint.weight <= MEMBER_WEIGHT and footprint.size <= MEMBER_BYTES:
                 return await self._travel_along(_Member(request, footprint))
@@ -82,6 +86,7 @@ class Grouped(Wrapping):
     async def _travel_along(self, member: _Member) -> TxnResult:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._waiting[member] = None
+        self._depart()
         if not self._patience_runs:
             self._patience_runs = True
             self._background.start_soon(self._run_out_of_patience)
@@ -100,17 +105,23 @@ class Grouped(Wrapping):
             waiting = next(iter(self._waiting))
             await trio.sleep(PATIENCE_SECONDS)
             if waiting in self._waiting:
-                self._depart()
+                self._depart(impatient=True)
         self._patience_runs = False
 
     # ── departures ──────────────────────────────────────────────────────────────────────────────
 
     def _returned(self) -> None:
         self._on_their_way -= 1
-        if self._waiting and self._on_their_way < self._capacity:
-            self._depart()
+        self._depart()
 
-    def _depart(self) -> None:
+    def _depart(self, *, impatient: bool = False) -> None:
+        if self._boarding or not self._waiting or (self._on_their_way >= self._capacity and not impatient):
+            return
+        self._boarding = True
+        self._on_their_way += 1
+        self._background.start_soon(self._carry)
+
+    def _board(self) -> list[_Member]:
         self._departures += 1
         room = 1 if self._departures % LONE_EVERY == 0 else self._members
         together = Footprint()
@@ -119,14 +130,16 @@ class Grouped(Wrapping):
             if len(members) < room and together.is_independent_of(member.footprint):
                 together.add(member.footprint)
                 members.append(member)
-        journey = _Journey(members)
         for member in members:
             del self._waiting[member]
-            member.journey = journey
-        self._on_their_way += 1
-        self._background.start_soon(self._carry, journey)
+        return members
 
-    async def _carry(self, journey: _Journey) -> None:
+    async def _carry(self) -> None:
+        # Whoever the latest answer woke is about to ask for the next.
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        journey = _Journey(self._board())
+        self._boarding = False
+        self._depart()
         try:
             with journey.scope:
                 if len(journey.members) > 1:
@@ -213,6 +226,8 @@ class _Journey:
         self.members = members
         self.scope = trio.CancelScope()
         self._waiting = len(members)
+        for member in members:
+            member.journey = self
 
     def left(self) -> None:
         """One of the members' tasks waits no more."""

@@ -76,6 +76,32 @@ async def test_few_are_sent_as_they_are(etcd, autojump_clock):
         assert [1] * ON_THEIR_WAY == gate.sizes
 
 
+async def test_those_that_an_answer_wakes_leave_together(etcd, autojump_clock):
+    """Tasks that go on in one turn of the loop share a departure, although there is room for several."""
+    async with grouped(etcd) as (backend, gate):
+        go = trio.Event()
+
+        async def send(number):
+            await go.wait()
+            await backend.txn(put(b"k%d" % number))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(9):
+                nursery.start_soon(send, number)
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+            await trio.testing.wait_all_tasks_blocked()
+            gate.open.set()
+        assert [1, 8] == gate.sizes
+
+
+async def test_reads_neither_wait_nor_make_others_wait(etcd, autojump_clock):
+    """A read-only transaction on its way is no reason for a write to look for company."""
+    async with grouped(etcd, on_their_way=1) as (backend, gate):
+        await send_all(backend, gate, [Txn((), (Range(LINE),)), put(b"k0"), put(b"k1"), put(b"k2")])
+        assert [1, 1, 2] == gate.sizes
+
+
 async def test_many_travel_together_and_are_answered_each(etcd, autojump_clock):
     """What waits leaves as one Txn: each has its own answer, at the group's revision."""
     async with grouped(etcd, on_their_way=1) as (backend, gate):

@@ -56,6 +56,7 @@ def test_json_is_what_was_found():
         "holder": "node-1",
         "name": "job",
         "queue": ["b"],
+        "queued_at": [],
         "token": 7,
         "ttl": 20,
     } == json.loads(to_json(info))
