@@ -2,8 +2,8 @@
 Oracles of locks, on the true history of a store: who was first in line at each revision, and who wrote.
 
 They need nothing of a lock's implementation but its layout: a *line* is a prefix that ends in a slash, and the
-owner of a line is its key with the smallest create revision; that create revision is the owner's token. Where a line
-may have several owners at a time, a `Rule` says who they are.
+owner of a line is its key with the smallest create revision; that create revision is the owner's token. Where a
+line may have several owners at a time, a `Rule` says who they are.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ def check_grants(
     """
     Check what callers were told about owning locks (L2, L3, L5).
 
-    Each grant's key must have owned its line at some revision between call and return; so, where one owns it at a
-    time, grants come in the order of the create revisions. No token is granted twice; and of two grants the one
-    that was asked for after the other had been told has the larger token.
+    Each grant's key must have owned its line at some revision between call and return; so, where one owns it
+    at a time, grants come in the order of the create revisions. No token is granted twice; and of two grants
+    the one that was asked for after the other had been told has the larger token.
 
     Args:
         commits: The whole history, from the first revision on.

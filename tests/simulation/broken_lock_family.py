@@ -102,11 +102,6 @@ def holders_not_compared():
     return _looks_at_semaphore(lambda free, conditions, ops: (free, conditions[1:], ops))
 
 
-def permits_not_compared():
-    """How many permits there are was read, and may have changed when one is taken."""
-    return _looks_at_semaphore(lambda free, conditions, ops: (free, conditions[:1], ops))
-
-
 def own_number_of_permits():
     """Whoever takes a permit stores its own idea of how many there are."""
     look = Semaphore._look
@@ -146,13 +141,24 @@ def attempt_jumps_the_queue():
 
 
 def no_queue():
-    """Nobody stands in a queue: whoever looks while a permit is left takes it."""
+    """Whoever looks while a permit is left takes it, wherever it stands in the queue."""
 
     async def take_at_once(place, _conditions=()):
         await place.join()
         place.is_first = True
 
-    return replaced(semaphore, "come_first", take_at_once)
+    class Anywhere:
+        created_at, modified_at, nothing_in = Compare.created_at, Compare.modified_at, Compare.nothing_in
+
+        def __new__(cls, _target, _operator, wanted, _value):
+            return Compare(Target.MOD, Operator.GREATER, wanted, -1)
+
+    @contextmanager
+    def both():
+        with replaced(semaphore, "come_first", take_at_once), replaced(semaphore, "Compare", Anywhere):
+            yield
+
+    return both()
 
 
 def deaf_head():
@@ -259,7 +265,6 @@ RWLOCKS = (
 SEMAPHORES = (
     permits_not_counted,
     holders_not_compared,
-    permits_not_compared,
     own_number_of_permits,
     attempt_jumps_the_queue,
     no_queue,

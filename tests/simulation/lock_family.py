@@ -10,7 +10,9 @@ from etcd_infra.testing import FaultKind
 from tests.simulation.locks import DATA, KEYS, LockProgram, Shape, settings_of
 from tests.simulation.locks import shape_of as lock_shape_of
 
-WAYS = ("block", "block", "block", "by hand", "attempt", "in time")
+# Nobody in a queue races another one for a permit; those that attempt do.
+ATTEMPTS = {"rwlock": 1, "semaphore": 4, "multi-lock": 1}
+WAYS = ("block", "block", "block", "by hand", "in time")
 # Each kind, and below which prefix its lines are.
 PREFIXES = {"rwlock": KEYS.rwlocks, "semaphore": KEYS.semaphores, "multi-lock": KEYS.locks}
 KINDS = tuple(PREFIXES)
@@ -62,8 +64,12 @@ def shape_from(*, nodes, seconds, locks, kind, **others):
 class LockFamilyProgram(LockProgram):
     """The program of one run."""
 
-    ways = WAYS
     refusals = (*LockProgram.refusals, ConflictError)
+
+    @property
+    def ways(self):
+        """List the ways of taking it, as often as each should be drawn."""
+        return (*WAYS, *["attempt"] * ATTEMPTS[self.shape.kind])
 
     def lock_of(self, infra, way, name):
         """Make what a name says."""
