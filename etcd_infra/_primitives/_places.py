@@ -48,7 +48,11 @@ class Places:
         Round trips:
             Two if nobody is ahead anywhere; otherwise one more for each predecessor seen, and one at the end.
         """
-        await self._join(())
+        try:
+            await self._join(())
+        except NotAdmittedError:
+            # An earlier copy of the join was applied, and its first key is gone; or the store went back.
+            raise await end_of(self._first) from None
         while not await self._look():
             self.waited = True
             await self._wait_turns()

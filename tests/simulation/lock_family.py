@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
 
-from etcd_infra.errors import ConflictError
+import trio
+
+from etcd_infra._etcd.model import KeyRange, Range
+from etcd_infra.errors import ConflictError, EtcdError
 from etcd_infra.testing import FaultKind
 from tests.simulation.locks import DATA, KEYS, LockProgram, Shape, settings_of
 from tests.simulation.locks import shape_of as lock_shape_of
@@ -79,6 +83,17 @@ class LockFamilyProgram(LockProgram):
         if what == "semaphore":
             return infra.semaphore(names[0], int(names[1]))
         return getattr(infra.rwlock(names[0]), what)
+
+    async def _work(self, process, infra):
+        await super()._work(process, infra)
+        # Where several hold it together, nobody waits for a place that the janitor still has to remove.
+        places = Range(KeyRange.prefix(PREFIXES[self.shape.kind]))
+        while True:
+            with suppress(EtcdError):
+                kvs = (await infra.backend.range(places)).kvs
+                if infra.session.lease.id not in {kv.lease for kv in kvs}:
+                    return
+            await trio.sleep(0.1)
 
     @staticmethod
     def registers(name):

@@ -45,9 +45,9 @@ class Scene:
 
     def write(self, worker, token, which, op=1):
         """Write the register."""
-        said = {"worker": worker, "op": op, "lock": "job", "token": token, "which": which}
+        said = {"worker": worker, "op": op, "line": LINE.decode(), "token": token, "which": which}
         value = json.dumps(said).encode()
-        return self.commit(lambda revision: Event.put(KeyValue(b"ns/register/job", value, 2, revision, 2)))
+        return self.commit(lambda revision: Event.put(KeyValue(b"ns/register/lock/job", value, 2, revision, 2)))
 
     def log(self, worker, event, op=1, at=None, **facts):
         """Log a step."""
@@ -56,7 +56,7 @@ class Scene:
 
     def wrong(self):
         """Judge."""
-        return check(self.commits, self.logs, "ns/lock/", quiet)
+        return check(self.commits, self.logs, "ns", quiet)
 
 
 def turn(scene, worker, key, *, token=None, leaves=True):
@@ -64,7 +64,7 @@ def turn(scene, worker, key, *, token=None, leaves=True):
     scene.log(worker, "call", lock="job", revision=scene.revision)
     created = scene.join(key, worker)
     token = token or created
-    scene.log(worker, "granted", lock="job", token=token, key=key.decode())
+    scene.log(worker, "granted", lock="job", token=token, lines=[LINE.decode()])
     for which in ("first", "second"):
         facts = {"lock": "job", "token": token, "which": which}
         scene.log(worker, "written", revision=scene.write(worker, token, which), **facts)
@@ -87,7 +87,7 @@ def test_good_history_is_accepted(scene):
     """Two turns, one after the other, are right."""
     turn(scene, "two", TWO)
     assert [] == scene.wrong()
-    assert 1 == len(hand_overs(scene.commits, "ns/lock/"))
+    assert 1 == len(hand_overs(scene.commits, "ns"))
 
 
 def test_write_of_a_former_owner_is_told(scene):
@@ -161,7 +161,7 @@ def test_wait_is_measured_from_the_turn():
     scene.join(ONE, "one")
     token = scene.join(TWO, "two")
     gone = scene.leave(ONE)
-    scene.log("one", "granted", lock="job", token=2, key=ONE.decode(), at=2)
-    scene.log("two", "granted", lock="job", token=token, key=TWO.decode(), at=gone + 0.25)
+    scene.log("one", "granted", lock="job", token=2, lines=[LINE.decode()], at=2)
+    scene.log("two", "granted", lock="job", token=token, lines=[LINE.decode()], at=gone + 0.25)
     times = {commit.revision: float(commit.revision) for commit in scene.commits}
-    assert [0.25] == waits(scene.commits, scene.logs, times, "ns/lock/", quiet)
+    assert [0.25] == waits(scene.commits, scene.logs, times, "ns", quiet)

@@ -301,6 +301,23 @@ async def test_multi_lock_is_granted_only_if_all_keys_are_seen(etcd, infra, auto
     assert [] == places(etcd)
 
 
+async def test_multi_lock_whose_first_key_goes_before_the_answer_is_lost(etcd, autojump_clock):
+    """The join's answer is lost, and one of its keys is deleted before it is repeated: told, and nothing is left."""
+    faulty = FaultyBackend(etcd.node("one"))
+    async with open_infra(faulty) as infra, trio.open_nursery() as nursery:
+
+        async def delete_first() -> None:
+            while not places(etcd):
+                await trio.sleep(0.001)
+            await etcd.delete(KeyRange.prefix(KEYS.lock_line("a")))
+
+        nursery.start_soon(delete_first)
+        faulty.lose_next_answer()
+        with pytest.raises(LockLostError), trio.fail_after(5):
+            await infra.multi_lock("a", "b").acquire()
+        assert [] == places(etcd)
+
+
 async def test_multi_locks_never_wait_in_a_ring(etcd, autojump_clock):
     """Thirty tasks of two processes take random sets of five locks, in any order: all get through."""
     async with open_infra(etcd.node("one"), seed=1) as one, open_infra(etcd.node("two"), seed=2) as two:
