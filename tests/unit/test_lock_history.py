@@ -165,3 +165,81 @@ def test_wait_is_measured_from_the_turn():
     scene.log("two", "granted", lock="job", token=token, lines=[LINE.decode()], at=gone + 0.25)
     times = {commit.revision: float(commit.revision) for commit in scene.commits}
     assert [0.25] == waits(scene.commits, scene.logs, times, "ns", quiet)
+
+
+# ── semaphores, read-write locks, several locks at once ─────────────────────────────────────────
+
+
+def semaphore_of_one(scene, *steps):
+    """Play what happens to a semaphore: ``+q-a`` joins the queue, ``-h-a`` gives a permit back, several at once."""
+    prefix = b"ns/semaphore/job/"
+    scene.commit(lambda revision: Event.put(KeyValue(prefix + b"permits", b"1", revision, revision, 1)))
+    for step in steps:
+        scene.revision += 1
+        events = []
+        for word in step.split():
+            key = prefix + {"q": b"queue/", "h": b"holder/"}[word[1]] + word[3:].encode()
+            value = json.dumps({"node": word[3:]}).encode()
+            put = KeyValue(key, value, scene.revision, scene.revision, 1, 7)
+            events.append(Event.put(put) if word[0] == "+" else Event.deleted(key, mod_revision=scene.revision))
+        scene.commits.append(Commit(scene.revision, tuple(events)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "invariant"),
+    [
+        (("+q-a", "-q-a +h-a", "+q-b", "-h-a", "-q-b +h-b"), ""),
+        (("+h-a", "-h-a", "+h-b"), ""),
+        (("+q-a", "-q-a +h-a", "+q-b", "-q-b +h-b"), "permits"),
+        (("+h-a +h-b",), "permits"),
+        (("+q-a", "+q-b", "-q-b +h-b"), "queue"),
+        (("+q-a", "+h-b"), "queue"),
+    ],
+)
+def test_permits_are_counted_and_given_in_order(steps, invariant):
+    """A permit too many, or given past the queue's head, is told."""
+    scene = Scene()
+    semaphore_of_one(scene, *steps)
+    wrong = scene.wrong()
+    assert bool(wrong) is bool(invariant)
+    assert all(text.startswith(invariant) for text in wrong)
+
+
+def test_permits_that_change_in_use_are_told():
+    """The number of permits changes only while nobody holds one."""
+    scene = Scene()
+    semaphore_of_one(scene, "+h-a")
+    scene.commit(lambda revision: Event.put(KeyValue(b"ns/semaphore/job/permits", b"2", 2, revision, 2)))
+    assert any("is in use" in text for text in scene.wrong())
+
+
+@pytest.mark.parametrize(("second", "wrong"), [("read-b", False), ("write-b", True)])
+def test_writer_beside_a_reader_is_told(second, wrong):
+    """Who is granted a read-write lock beside a reader must be one, too."""
+    scene = Scene()
+    for name, worker in (("read-a", "one"), (second, "two")):
+        scene.log(worker, "call", revision=scene.revision)
+        token = scene.join(b"ns/rwlock/job/" + name.encode(), worker)
+        scene.log(worker, "granted", token=token, lines=["ns/rwlock/job/"])
+        scene.log(worker, "return", outcome="released")
+        scene.log(worker, "late", revision=scene.revision)
+    assert wrong is any(text.startswith("L3") for text in scene.wrong())
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_half_of_two_locks_is_told(leaves):
+    """Two locks that were never owned at one revision were not owned together."""
+    scene = Scene()
+    one, other = b"ns/lock/a/x-1", b"ns/lock/b/x-2"
+    ahead = scene.join(b"ns/lock/b/w-1", "two")
+    scene.revision += 1
+    value = json.dumps({"node": "one"}).encode()
+    token = scene.revision
+    puts = [Event.put(KeyValue(key, value, token, token, 1, 7)) for key in (one, other)]
+    scene.commits.append(Commit(token, tuple(puts)))
+    if leaves:
+        scene.leave(one)
+    scene.leave(b"ns/lock/b/w-1")
+    scene.log("one", "granted", token=token, lines=["ns/lock/a/", "ns/lock/b/"])
+    assert ahead < token
+    assert leaves is any(text.startswith("whole") for text in scene.wrong())
