@@ -421,6 +421,27 @@ async def test_readers_behind_a_writer_are_let_in_together(etcd, infra, autojump
     assert [("first", 0), ("second", 0)] == log
 
 
+async def test_writer_waits_for_every_reader(etcd, infra, autojump_clock):
+    """The reader directly ahead goes first: the writer, of the same process, still waits for the other one."""
+    wrote = []
+
+    async def write() -> None:
+        async with infra.rwlock("job").write:
+            wrote.append(trio.current_time())
+
+    async def read(seconds, task_status) -> None:
+        async with infra.rwlock("job").read:
+            task_status.started()
+            await trio.sleep(seconds)
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(read, 5)
+        await nursery.start(read, 1)
+        nursery.start_soon(write)
+    assert 5 <= wrote[0] - began < 5.1
+
+
 # ── semaphores ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -460,6 +481,53 @@ async def test_other_number_of_permits_is_a_conflict(etcd, infra, autojump_clock
                 await two.semaphore("job", 3).acquire()
     async with infra.semaphore("job", 3):
         assert b"3" == (await etcd.get(KEYS.semaphore_permits("job"))).value
+
+
+async def attempt_interrupted(etcd, meanwhile):
+    """Attempt to take one of two permits, with something happening between the look and the join."""
+    faulty = FaultyBackend(etcd.node("slow"))
+    async with open_infra(faulty, seed=3) as infra, trio.open_nursery() as nursery:
+        faulty.only = lambda _, request: isinstance(request, Txn) and not request.is_read_only
+        faulty.delay_next(1.0)
+
+        async def happen() -> None:
+            await trio.sleep(0.5)
+            await meanwhile()
+
+        nursery.start_soon(happen)
+        async with infra.semaphore("job", 2).attempt() as hold:
+            stored = await etcd.get(KEYS.semaphore_permits("job"))
+            return hold is not None, stored.value
+
+
+async def test_holder_that_comes_after_the_count_is_counted(etcd, infra, autojump_clock):
+    """One permit is left at the look and none at the join: the attempt is refused."""
+    async with infra.semaphore("job", 2), open_infra(etcd.node("two"), seed=2) as two:
+        taken, _ = await attempt_interrupted(etcd, two.semaphore("job", 2).acquire)
+        assert not taken
+
+
+async def test_number_that_changes_after_the_look_is_written_anew(etcd, infra, autojump_clock):
+    """Somebody uses the idle semaphore with another number, and goes: what is stored is the number in use."""
+
+    async def use_with_three() -> None:
+        async with infra.semaphore("job", 3):
+            pass
+
+    async with infra.semaphore("job", 2):
+        pass
+    assert (True, b"2") == await attempt_interrupted(etcd, use_with_three)
+
+
+async def test_attempt_does_not_pass_who_comes_to_the_queue(etcd, infra, autojump_clock):
+    """Somebody comes to the queue between the look and the join: the attempt is refused."""
+
+    async def stand() -> None:
+        await etcd.put(KEYS.semaphore_queue("job") + b"stranger", b"")
+
+    async with infra.semaphore("job", 2):
+        taken, _ = await attempt_interrupted(etcd, stand)
+        assert not taken
 
 
 async def test_one_release_wakes_one_of_a_thousand(etcd, autojump_clock):
