@@ -13,7 +13,7 @@ import trio
 
 from etcd_infra._etcd.model import Compare, Range, SortTarget, Txn
 from etcd_infra._primitives._cas import found_in
-from etcd_infra._primitives._turn import ask, wait_turn
+from etcd_infra._primitives._turn import ask, end_of, wait_turn
 from etcd_infra._primitives._waitqueue import NotAdmittedError
 
 if TYPE_CHECKING:
@@ -40,21 +40,36 @@ class Places:
 
     async def come_first(self) -> bool:
         """
-        Stand in all lines, from one revision on, and wait for one turn after the other; return True.
+        Stand in all lines, from one revision on, and wait until it is my turn in each; return True.
 
         Raises, Cancellation:
-            As `_turn.come_first`.
+            As `_turn.come_first`; one of the places gone is all lost.
 
         Round trips:
-            Two if nobody is ahead anywhere.
+            Two if nobody is ahead anywhere; otherwise one more for each predecessor seen, and one at the end.
         """
-        await self._join(())
-        if not await self._look():
+        try:
+            await self._join(())
+        except NotAdmittedError:
+            # An earlier copy of the join was applied, and its first key is gone; or the store went back.
+            raise await end_of(self._first) from None
+        while not await self._look():
             self.waited = True
-            for place in self._places:
-                if not place.is_first:
-                    await wait_turn(place)
+            await self._wait_turns()
         return True
+
+    async def _wait_turns(self) -> None:
+        """Wait for one turn after the other, or until one of my keys is gone."""
+        with trio.CancelScope() as waiting:
+            # While one turn is waited for, the other keys may go.
+            guarded = self.guard(waiting.cancel)
+            try:
+                for place in self._places:
+                    if not place.is_first:
+                        await wait_turn(place)
+            finally:
+                for one in guarded:
+                    one.forget()
 
     async def try_join(self) -> bool:
         """
@@ -86,12 +101,21 @@ class Places:
         self.token = self._first.token
 
     async def _look(self) -> bool:
-        """Look who is first in each line, at one revision; return whether it is always me."""
+        """
+        Look who is first in each line, at one revision; return whether it is always me.
+
+        Raises:
+            LockLostError: one of my keys is gone.
+            SessionLostError: they went with the session.
+        """
         looks = [
             Range(place.line, sort_by=SortTarget.CREATE, keys_only=True, limit=1) for place in self._places
         ]
         backend = self._first.session.backend
-        answer = await ask(self._first, lambda: backend.txn(Txn(success=tuple(looks))))
+        answer = await ask(self._first, lambda: backend.txn(Txn(self.proof, tuple(looks))))
+        # Invariant: nobody is granted anything without its own keys having been seen, all at one revision.
+        if not answer.succeeded:
+            raise await end_of(self._first)
         for place, found in zip(self._places, answer.results, strict=True):
             kvs = found_in(found)
             place.is_first = bool(kvs) and (kvs[0].key, kvs[0].create_revision) == (place.key, self.token)

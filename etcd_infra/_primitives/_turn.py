@@ -113,13 +113,22 @@ async def _look(place: Place) -> KeyValue | None:
     # Invariant: nobody is granted anything without its own key having been seen (etcd #11456).
     if not found or found[0].key != place.key or found[0].create_revision != place.token:
         place.token = 0
-        # The key went with its lease, or by itself: only etcd can tell.
-        with suppress(EtcdError, SessionLostError):
-            await place.lease.renew()
-        place.session.check()
-        msg = f"the place {place.key!r} in line was deleted"
-        raise LockLostError(msg)
+        raise await end_of(place)
     return found[1] if len(found) > 1 else None
+
+
+async def end_of(place: Place) -> LockLostError:
+    """
+    Say that a place is gone.
+
+    Raises:
+        SessionLostError: it went with the session.
+    """
+    # The key went with its lease, or by itself: only etcd can tell.
+    with suppress(EtcdError, SessionLostError):
+        await place.lease.renew()
+    place.session.check()
+    return LockLostError(f"the place {place.key!r} in line was deleted")
 
 
 async def _read_both(place: Place, ahead: Range) -> tuple[KeyValue, ...]:

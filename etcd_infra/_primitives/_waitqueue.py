@@ -123,6 +123,10 @@ class Place:
         self.lease = lease or session.lease
         self.line = KeyRange.prefix(spot.line)
         self.rivals = spot.rivals or self.line
+        # Read, so that group commit never lets two in one line have one create revision, not even those that
+        # do not wait for each other.
+        whole = Range(self.line, keys_only=True, limit=1)
+        self._apart: tuple[Op, ...] = () if self.rivals == self.line else (whole,)
         # With several owners at a time, who goes need not be the one that the next in line waits for.
         self._has_heirs = spot.rivals is None
         self._value = value
@@ -262,7 +266,7 @@ class Place:
         guards = (Compare.modified_at(self.session.own_key.key, generation), Compare.absent(self.key))
         request = Txn(
             (*guards, *conditions),
-            (self.put, *reads),
+            (self.put, *self._apart, *reads),
             (Range(KeyRange.one(self.session.own_key.key)), Range(KeyRange.one(self.key)), *looks),
         )
         seen = self.session.lease.highest_revision

@@ -7,7 +7,8 @@ Keys
 Algorithm
     1. Join all lines by one Txn: ``[mod(session)==generation, absent(all mine)] → [put all mine]``. All keys
        have one create revision, which is the token.
-    2. Look who is first in each, at one revision; then wait for one turn after the other.
+    2. Look who is first in each, and that all keys are there, at one revision; if it is not always me, wait
+       for one turn after the other, and look again.
     3. The fence is the proof of all keys. One key gone is all lost, and the others are given back.
 
 Guarantees

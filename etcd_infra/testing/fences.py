@@ -2,21 +2,45 @@
 Oracles of locks, on the true history of a store: who was first in line at each revision, and who wrote.
 
 They need nothing of a lock's implementation but its layout: a *line* is a prefix that ends in a slash, and the
-owner of a line is its key with the smallest create revision; that create revision is the owner's token.
+owner of a line is its key with the smallest create revision; that create revision is the owner's token. Where a
+line may have several owners at a time, a `Rule` says who they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from etcd_infra._etcd.keys import WRITER
 from etcd_infra.testing.violation import Violation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from etcd_infra._backends.memory_history import Commit
     from etcd_infra._etcd.model import Event
+
+Rule = Callable[[Mapping[bytes, int]], Collection[int]]
+
+
+def first_in_line(places: Mapping[bytes, int]) -> Collection[int]:
+    """Who is first owns a lock, or leads: of keys with their create revisions, the smallest of these."""
+    return (min(places.values()),) if places else ()
+
+
+def everybody(places: Mapping[bytes, int]) -> Collection[int]:
+    """Whoever is among a semaphore's holders has a permit."""
+    return places.values()
+
+
+def readers_or_writer(places: Mapping[bytes, int]) -> Collection[int]:
+    """Readers own a read-write lock up to the first writer; a writer does if nobody is ahead of it."""
+    writers = [token for key, token in places.items() if key[key.rfind(b"/") + 1 :].startswith(WRITER)]
+    first_writer = min(writers, default=0)
+    if not first_writer or min(places.values()) == first_writer:
+        return (first_writer,) if first_writer else places.values()
+    return tuple(token for token in places.values() if token < first_writer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +73,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Who was first in a line, from one revision up to, not including, another (0: still)."""
+    """Who owned a line, from one revision up to, not including, another (0: still)."""
 
     token: int
     begin: int
@@ -59,13 +83,18 @@ class Turn:
 class Lines:
     """The lines of all locks while a history is replayed."""
 
-    def __init__(self, locks: bytes) -> None:
+    def __init__(self, locks: bytes, rule: Rule = first_in_line) -> None:
         self._locks = locks
+        self._rule = rule
         self._members: dict[bytes, dict[bytes, int]] = {}
 
-    def owner(self, line: bytes) -> int:
-        """Return the token of who is first in a line; 0: nobody is in it."""
-        return min(self._members.get(line, {}).values(), default=0)
+    def owners(self, line: bytes) -> Collection[int]:
+        """Return the tokens of those that own a line."""
+        return self._rule(self._members.get(line, {}))
+
+    def places(self, line: bytes) -> Mapping[bytes, int]:
+        """Return the keys in a line, with their create revisions."""
+        return self._members.get(line, {})
 
     def apply(self, event: Event) -> bytes | None:
         """Take in one event; return the line that it concerns."""
@@ -82,7 +111,11 @@ class Lines:
 
 
 def check_fences(
-    commits: Iterable[Commit], locks: bytes, claim_of: Callable[[Event], Claim | None]
+    commits: Iterable[Commit],
+    locks: bytes,
+    claim_of: Callable[[Event], Claim | None],
+    *,
+    rule: Rule = first_in_line,
 ) -> list[Violation]:
     """
     Check that every fenced write was sent by who owned the lock at that revision (L1).
@@ -91,70 +124,71 @@ def check_fences(
         commits: The whole history, from the first revision on.
         locks: The prefix of all lines.
         claim_of: Says under which token an event's write was sent; None: it is no fenced write.
+        rule: Says who owns a line.
     """
     found: list[Violation] = []
-    lines = Lines(locks)
+    lines = Lines(locks, rule)
     for commit in commits:
         # etcd: a Txn's compares see the state before it.
-        owners = {
-            claim: lines.owner(claim.line)
-            for event in commit.events
-            if not event.is_delete and (claim := claim_of(event)) is not None
-        }
-        for claim, owner in owners.items():
-            if claim.token != owner:
-                what = f"a write under token {claim.token} of {claim.line!r} was applied; first is {owner}"
+        claims = dict.fromkeys(
+            claim for event in commit.events if not event.is_delete and (claim := claim_of(event)) is not None
+        )
+        for claim in claims:
+            if claim.token not in (owners := lines.owners(claim.line)):
+                what = f"a write under token {claim.token} of {claim.line!r} was applied; it is {[*owners]}'s"
                 found.append(Violation("L1", what, commit.revision))
         for event in commit.events:
             lines.apply(event)
     return found
 
 
-def turns(commits: Iterable[Commit], locks: bytes) -> dict[bytes, list[Turn]]:
-    """Say who was first in each line, when."""
+def turns(commits: Iterable[Commit], locks: bytes, *, rule: Rule = first_in_line) -> dict[bytes, list[Turn]]:
+    """Say who owned each line, when; in the order in which their turns began."""
     found: dict[bytes, list[Turn]] = {}
-    lines = Lines(locks)
+    under_way: dict[bytes, dict[int, int]] = {}
+    lines = Lines(locks, rule)
     for commit in commits:
         concerned = {line: None for event in commit.events if (line := lines.apply(event)) is not None}
         for line in concerned:
-            history = found.setdefault(line, [])
-            owner = lines.owner(line)
-            if history and history[-1].token == owner and not history[-1].end:
-                continue
-            if history and not history[-1].end:
-                history[-1] = Turn(history[-1].token, history[-1].begin, commit.revision)
-            if owner:
-                history.append(Turn(owner, commit.revision))
+            history, open_turns = found.setdefault(line, []), under_way.setdefault(line, {})
+            owners = set(lines.owners(line))
+            for token in open_turns.keys() - owners:
+                place = open_turns.pop(token)
+                history[place] = Turn(token, history[place].begin, commit.revision)
+            for token in sorted(owners - open_turns.keys()):
+                open_turns[token] = len(history)
+                history.append(Turn(token, commit.revision))
     return found
 
 
-def check_grants(commits: Iterable[Commit], locks: bytes, grants: Sequence[Grant]) -> list[Violation]:
+def check_grants(
+    commits: Iterable[Commit], locks: bytes, grants: Sequence[Grant], *, rule: Rule = first_in_line
+) -> list[Violation]:
     """
     Check what callers were told about owning locks (L2, L3, L5).
 
-    Each grant's key must have been the first in its line at some revision between call and return; so
-    grants come in the order of the create revisions. No token is granted twice; and of two grants the one
-    that was asked for after the other had been told has the larger token.
+    Each grant's key must have owned its line at some revision between call and return; so, where one owns it
+    at a time, grants come in the order of the create revisions. No token is granted twice; and of two grants
+    the one that was asked for after the other had been told has the larger token.
 
     Args:
         commits: The whole history, from the first revision on.
         locks: The prefix of all lines.
         grants: In any order.
+        rule: Says who owns a line.
     """
     found: list[Violation] = []
-    history = turns(commits, locks)
+    history = turns(commits, locks, rule=rule)
     for grant in grants:
-        first = any(
+        owned = any(
             turn.token == grant.token
             and turn.begin <= grant.granted_revision
             and (not turn.end or turn.end > grant.called_revision)
             for turn in history.get(grant.line, ())
         )
-        if not first:
+        if not owned:
             found.append(
-                Violation(
-                    "L3", f"{grant} was never first in line while it was asked for", grant.granted_revision
-                )
+                Violation("L3", f"{grant} never owned the line while it was asked for", grant.granted_revision)
             )
     return found + _token_order(grants)
 

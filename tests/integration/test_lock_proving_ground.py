@@ -57,3 +57,31 @@ async def test_sixteen_processes_two_hundred_rounds_each(tmp_path):
     assert 50 <= outcome.under_fault["any"]
     assert 15 == len(outcome.faults), outcome.faults
     assert max(outcome.waits, default=0.0) < 10.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_every_kind_of_lock_while_everything_breaks(tmp_path):
+    """
+    Locks, both sides of read-write locks, permits and several locks at once, on a cluster that is being broken.
+
+    Held against etcd's own history: no writer beside anybody, no permit too many or out of turn, all locks or none,
+    no stale write is accepted, no place comes back, everybody gets through, and nothing is left.
+    """
+    program = crash_safe_etcd() or etcd_programs()[0]
+    safe = crash_safe_etcd() is not None
+    show = Show(
+        processes=6,
+        rounds=50,
+        locks=3,
+        broken_seconds=20,
+        kills_members=safe,
+        pace=0.4,
+        ttl=2,
+        patience=60,
+        of="all",
+    )
+    outcome = await run(tmp_path, show, program=program)
+    assert 300 <= outcome.granted
+    assert 10 <= outcome.under_fault["any"]
+    assert 10 <= len(outcome.faults)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from tests.mutants.elections import ELECTIONS
+from tests.mutants.lock_family import LOCK_FAMILY
 from tests.mutants.locks import LOCKS
 from tests.mutants.sessions import SESSIONS
 from tests.mutants.state import STATE
 from tests.mutants.transactions import TRANSACTIONS
 from tests.mutants.transport import TRANSPORT
 
-EVERY_MUTANT = (*LOCKS, *ELECTIONS, *SESSIONS, *STATE, *TRANSACTIONS, *TRANSPORT)
+EVERY_MUTANT = (*LOCKS, *LOCK_FAMILY, *ELECTIONS, *SESSIONS, *STATE, *TRANSACTIONS, *TRANSPORT)

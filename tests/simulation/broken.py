@@ -39,7 +39,7 @@ def no_fence():
 
     async def write(self, process, name, operation, hold, number):
         value = self.value_of(name, hold, operation, number)
-        await process.backend.txn(Txn(success=(Put(self.data_key(name), value),)))
+        await process.backend.txn(Txn(success=tuple(Put(key, value) for key in self.registers(name))))
 
     return replaced(LockProgram, "write", write)
 

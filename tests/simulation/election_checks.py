@@ -17,7 +17,7 @@ class ElectionChecks(LockChecks):
     """All checks of one run."""
 
     prefix = KEYS.elections
-    line_of = staticmethod(KEYS.election_line)
+    registers = staticmethod(ElectionProgram.registers)
 
     def __call__(self):
         """Check everything."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import trio
 
 from etcd_infra.errors import EtcdError, LostError
-from tests.simulation.locks import KEYS, LockProgram, Shape, settings_of, tell
+from tests.simulation.locks import DATA, KEYS, LockProgram, Shape, settings_of, tell
 from tests.simulation.locks import shape_of as lock_shape_of
 
 QUORUM = 2
@@ -31,6 +31,11 @@ class ElectionProgram(LockProgram):
     """The program of one run: leads instead of locking, and looks who leads meanwhile."""
 
     ways = WAYS
+
+    @staticmethod
+    def registers(name):
+        """Name what is written by a leader, with the line that decides who is one."""
+        return {DATA + name.encode(): KEYS.election_line(name)}
 
     @asynccontextmanager
     async def _taken(self, infra, process, way, name, operation):

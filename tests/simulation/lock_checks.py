@@ -9,7 +9,7 @@ from functools import partial
 from etcd_infra._etcd.keys import place_lease
 from etcd_infra._etcd.model import Txn
 from etcd_infra.testing import Claim, FaultKind, Grant, Hit, Violation, check_fences, check_grants
-from etcd_infra.testing.fences import turns
+from etcd_infra.testing.fences import first_in_line, turns
 from tests.simulation.locks import DATA, KEYS, LockProgram, shape_from, shape_of
 from tests.simulation.workload import Workload
 
@@ -116,6 +116,7 @@ class Story:
     granted_lineage: int = -1
     token: int = 0
     key: bytes = b""
+    others: tuple[bytes, ...] = ()
     leaving: float | None = None
     leaving_status: str = ""
     end: str = ""
@@ -125,6 +126,11 @@ class Story:
     def node(self):
         """Name the node."""
         return self.process.partition("#")[0]
+
+    @property
+    def keys(self):
+        """List the keys that were granted."""
+        return (self.key, *self.others)
 
 
 def stories(run):
@@ -146,6 +152,7 @@ def stories(run):
             story = found[operation]
             story.granted, story.granted_revision, story.granted_lineage = note.at, note.revision, note.lineage
             story.token, story.key = note.facts["token"], note.facts["key"]
+            story.others = note.facts.get("others", ())
         elif note.what == "leaving" and found[operation].leaving is None:
             found[operation].leaving, found[operation].leaving_status = note.at, note.facts["status"]
         elif note.what in {"done", "failed", "cancelled"} and not found[operation].end:
@@ -157,11 +164,12 @@ class LockChecks:
     """
     All checks of one run; `hits` counts for each invariant what was really checked, and when and where.
 
-    `prefix` is that of all lines, `line_of` names the line of a lock.
+    `prefix` is that of all lines, `rule` says who owns one, `registers` which lines decide of a lock.
     """
 
     prefix = KEYS.locks
-    line_of = staticmethod(KEYS.lock_line)
+    rule = staticmethod(first_in_line)
+    registers = staticmethod(LockProgram.registers)
 
     def __init__(self, run):
         self.run = run
@@ -180,6 +188,10 @@ class LockChecks:
             *self.failures(),
         ]
 
+    def told_in(self, number):
+        """List those that asked for and were granted something within one lineage of the store."""
+        return [story for story in self.stories if story.granted_lineage == number == story.lineage]
+
     def hit(self, invariant, at, node=""):
         """Note that an invariant was checked on something that happened."""
         self.hits.append(Hit(invariant, at, node))
@@ -191,9 +203,9 @@ class LockChecks:
         for number, lineage in enumerate(self.run.lineages):
             began = self.run.began_at[number]
             # After a restore an owner of before may still have its key, and another one's is there again.
-            mine = {story.token for story in self.stories if story.lineage == story.granted_lineage == number}
+            mine = {story.token for story in self.told_in(number)}
             claim = partial(self._claim_among, mine)
-            yield from check_fences([timed.commit for timed in lineage], self.prefix, claim)
+            yield from check_fences([timed.commit for timed in lineage], self.prefix, claim, rule=self.rule)
             for timed in lineage:
                 if timed.at >= began and any(self._claim_of(event) for event in timed.commit.events):
                     self.hit("L1", timed.at, timed.origin.partition("#")[0])
@@ -203,18 +215,13 @@ class LockChecks:
     def grants(self):
         """Check what callers were told against who was first in line."""
         for number, lineage in enumerate(self.run.lineages):
-            told = [story for story in self.stories if story.granted_lineage == number == story.lineage]
+            told = self.told_in(number)
             grants = [
-                Grant(
-                    self.line_of(story.lock),
-                    story.token,
-                    story.asked_revision,
-                    story.granted_revision,
-                    story.process,
-                )
+                Grant(line, story.token, story.asked_revision, story.granted_revision, story.process)
                 for story in told
+                for line in self.registers(story.lock).values()
             ]
-            yield from check_grants([timed.commit for timed in lineage], self.prefix, grants)
+            yield from check_grants([timed.commit for timed in lineage], self.prefix, grants, rule=self.rule)
             for story in told:
                 for invariant in ("L2", "L3", "L5"):
                     self.hit(invariant, story.granted, story.node)
@@ -227,7 +234,8 @@ class LockChecks:
         for story in self.stories:
             if story.granted is None:
                 continue
-            gone = deleted.get((story.granted_lineage, story.key, story.token))
+            ends = [deleted.get((story.granted_lineage, key, story.token)) for key in story.keys]
+            gone = min(filter(None, ends), key=lambda timed: timed.at, default=None)
             if gone is None or (gone.origin.partition("#")[0] == story.node and isinstance(gone.request, Txn)):
                 continue
             left = story.leaving
@@ -320,7 +328,8 @@ class LockChecks:
         if story.lineage != story.granted_lineage:
             return None
         turns = self._turns(story.granted_lineage)
-        return turns.get((self.line_of(story.lock), story.token))
+        begun = [turns.get((line, story.token)) for line in self.registers(story.lock).values()]
+        return None if None in begun else max(begun)
 
     def _turns(self, number):
         if not hasattr(self, "_all_turns"):
@@ -328,7 +337,7 @@ class LockChecks:
         if number not in self._all_turns:
             lineage = self.run.lineages[number]
             at = {timed.commit.revision: timed.at for timed in lineage}
-            history = turns([timed.commit for timed in lineage], self.prefix)
+            history = turns([timed.commit for timed in lineage], self.prefix, rule=self.rule)
             self._all_turns[number] = {
                 (line, turn.token): at[turn.begin]
                 for line, found in history.items()
@@ -349,7 +358,12 @@ class LockChecks:
 
     def foreign_releases(self):
         """Check that each process deletes only its own incarnations, and none that it still holds."""
-        held = {(story.granted_lineage, story.key, story.token): story for story in self.stories if story.token}
+        held = {
+            (story.granted_lineage, key, story.token): story
+            for story in self.stories
+            if story.token
+            for key in story.keys
+        }
         owner = self._lease_owners()
         for number, lineage in enumerate(self.run.lineages):
             for timed in lineage:
@@ -389,7 +403,7 @@ class LockChecks:
         if not event.key.startswith(DATA) or event.is_delete:
             return None
         name, token, _, _ = json.loads(event.kv.value)
-        return Claim(self.line_of(name), token)
+        return Claim(self.registers(name)[event.key], token)
 
 
 def nothing_left(simulation, prefixes=(KEYS.locks,)):

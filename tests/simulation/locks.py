@@ -70,6 +70,7 @@ class LockProgram:
     """The program of one run; an instance is what `simulate` calls."""
 
     ways = WAYS
+    refusals = (EtcdError, LostError)
 
     def __init__(self, shape):
         self.shape = shape
@@ -137,7 +138,7 @@ class LockProgram:
                             )
                 if late.cancelled_caught:
                     process.note("cancelled", operation=operation)
-            except (EtcdError, LostError) as error:
+            except self.refusals as error:
                 process.note("failed", operation=operation, error=type(error).__name__)
                 return False
         if interrupted.cancelled_caught:
@@ -148,18 +149,13 @@ class LockProgram:
 
     @asynccontextmanager
     async def _taken(self, infra, process, way, name, operation):
+        lock = self.lock_of(infra, way, name)
         if way == "attempt":
-            async with infra.lock(name).attempt() as hold:
+            async with lock.attempt() as hold:
                 if hold is not None:
                     tell(process, name, operation, hold)
                 yield hold
             return
-        options = {}
-        if way == "own lease":
-            options["ttl"] = self.shape.ttl
-        if way == "manual":
-            options["renewal"] = Renewal.MANUAL
-        lock = infra.lock(name, **options)
         if way == "by hand":
             hold = await lock.acquire()
             tell(process, name, operation, hold)
@@ -171,6 +167,12 @@ class LockProgram:
         async with lock as hold:
             tell(process, name, operation, hold)
             yield hold
+
+    def lock_of(self, infra, way, name):
+        """Make the lock."""
+        if way == "own lease":
+            return infra.lock(name, ttl=self.shape.ttl)
+        return infra.lock(name, renewal=Renewal.MANUAL if way == "manual" else Renewal.AUTO)
 
     async def _body(self, process, name, operation, hold, *, last):
         """Write under the fence now and then, until the work is done or the hold is lost."""
@@ -188,17 +190,18 @@ class LockProgram:
     async def write(self, process, name, operation, hold, number):
         """Write once, guarded by the fence."""
         value = self.value_of(name, hold, operation, number)
+        puts = tuple(Put(key, value) for key in self.registers(name))
         try:
-            written = await process.backend.txn(Txn(hold.fence.proof, (Put(self.data_key(name), value),)))
+            written = await process.backend.txn(Txn(hold.fence.proof, puts))
         except OutcomeUnknownError:
             process.note("unknown", operation=operation, token=hold.token)
         else:
             process.note("written" if written.succeeded else "fenced", operation=operation, token=hold.token)
 
     @staticmethod
-    def data_key(name):
-        """Name what a lock protects."""
-        return DATA + name.encode()
+    def registers(name):
+        """Name what is written under a lock, each with the line that decides who may."""
+        return {DATA + name.encode(): KEYS.lock_line(name)}
 
     @staticmethod
     def value_of(name, hold, operation, number):
@@ -208,4 +211,6 @@ class LockProgram:
 
 def tell(process, name, operation, hold):
     """Note a grant."""
-    process.note("granted", operation=operation, lock=name, token=hold.token, key=hold.fence.proof[0].range.key)
+    key, *others = (compare.range.key for compare in hold.fence.proof)
+    facts = {"others": tuple(others)} if others else {}
+    process.note("granted", operation=operation, lock=name, token=hold.token, key=key, **facts)

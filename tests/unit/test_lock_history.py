@@ -45,9 +45,9 @@ class Scene:
 
     def write(self, worker, token, which, op=1):
         """Write the register."""
-        said = {"worker": worker, "op": op, "lock": "job", "token": token, "which": which}
+        said = {"worker": worker, "op": op, "line": LINE.decode(), "token": token, "which": which}
         value = json.dumps(said).encode()
-        return self.commit(lambda revision: Event.put(KeyValue(b"ns/register/job", value, 2, revision, 2)))
+        return self.commit(lambda revision: Event.put(KeyValue(b"ns/register/lock/job", value, 2, revision, 2)))
 
     def log(self, worker, event, op=1, at=None, **facts):
         """Log a step."""
@@ -56,7 +56,7 @@ class Scene:
 
     def wrong(self):
         """Judge."""
-        return check(self.commits, self.logs, "ns/lock/", quiet)
+        return check(self.commits, self.logs, "ns", quiet)
 
 
 def turn(scene, worker, key, *, token=None, leaves=True):
@@ -64,7 +64,7 @@ def turn(scene, worker, key, *, token=None, leaves=True):
     scene.log(worker, "call", lock="job", revision=scene.revision)
     created = scene.join(key, worker)
     token = token or created
-    scene.log(worker, "granted", lock="job", token=token, key=key.decode())
+    scene.log(worker, "granted", lock="job", token=token, lines=[LINE.decode()])
     for which in ("first", "second"):
         facts = {"lock": "job", "token": token, "which": which}
         scene.log(worker, "written", revision=scene.write(worker, token, which), **facts)
@@ -87,7 +87,7 @@ def test_good_history_is_accepted(scene):
     """Two turns, one after the other, are right."""
     turn(scene, "two", TWO)
     assert [] == scene.wrong()
-    assert 1 == len(hand_overs(scene.commits, "ns/lock/"))
+    assert 1 == len(hand_overs(scene.commits, "ns"))
 
 
 def test_write_of_a_former_owner_is_told(scene):
@@ -161,7 +161,85 @@ def test_wait_is_measured_from_the_turn():
     scene.join(ONE, "one")
     token = scene.join(TWO, "two")
     gone = scene.leave(ONE)
-    scene.log("one", "granted", lock="job", token=2, key=ONE.decode(), at=2)
-    scene.log("two", "granted", lock="job", token=token, key=TWO.decode(), at=gone + 0.25)
+    scene.log("one", "granted", lock="job", token=2, lines=[LINE.decode()], at=2)
+    scene.log("two", "granted", lock="job", token=token, lines=[LINE.decode()], at=gone + 0.25)
     times = {commit.revision: float(commit.revision) for commit in scene.commits}
-    assert [0.25] == waits(scene.commits, scene.logs, times, "ns/lock/", quiet)
+    assert [0.25] == waits(scene.commits, scene.logs, times, "ns", quiet)
+
+
+# ── semaphores, read-write locks, several locks at once ─────────────────────────────────────────
+
+
+def semaphore_of_one(scene, *steps):
+    """Play what happens to a semaphore: ``+q-a`` joins the queue, ``-h-a`` gives a permit back, several at once."""
+    prefix = b"ns/semaphore/job/"
+    scene.commit(lambda revision: Event.put(KeyValue(prefix + b"permits", b"1", revision, revision, 1)))
+    for step in steps:
+        scene.revision += 1
+        events = []
+        for word in step.split():
+            key = prefix + {"q": b"queue/", "h": b"holder/"}[word[1]] + word[3:].encode()
+            value = json.dumps({"node": word[3:]}).encode()
+            put = KeyValue(key, value, scene.revision, scene.revision, 1, 7)
+            events.append(Event.put(put) if word[0] == "+" else Event.deleted(key, mod_revision=scene.revision))
+        scene.commits.append(Commit(scene.revision, tuple(events)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "invariant"),
+    [
+        (("+q-a", "-q-a +h-a", "+q-b", "-h-a", "-q-b +h-b"), ""),
+        (("+h-a", "-h-a", "+h-b"), ""),
+        (("+q-a", "-q-a +h-a", "+q-b", "-q-b +h-b"), "permits"),
+        (("+h-a +h-b",), "permits"),
+        (("+q-a", "+q-b", "-q-b +h-b"), "queue"),
+        (("+q-a", "+h-b"), "queue"),
+    ],
+)
+def test_permits_are_counted_and_given_in_order(steps, invariant):
+    """A permit too many, or given past the queue's head, is told."""
+    scene = Scene()
+    semaphore_of_one(scene, *steps)
+    wrong = scene.wrong()
+    assert bool(wrong) is bool(invariant)
+    assert all(text.startswith(invariant) for text in wrong)
+
+
+def test_permits_that_change_in_use_are_told():
+    """The number of permits changes only while nobody holds one."""
+    scene = Scene()
+    semaphore_of_one(scene, "+h-a")
+    scene.commit(lambda revision: Event.put(KeyValue(b"ns/semaphore/job/permits", b"2", 2, revision, 2)))
+    assert any("is in use" in text for text in scene.wrong())
+
+
+@pytest.mark.parametrize(("second", "wrong"), [("read-b", False), ("write-b", True)])
+def test_writer_beside_a_reader_is_told(second, wrong):
+    """Who is granted a read-write lock beside a reader must be one, too."""
+    scene = Scene()
+    for name, worker in (("read-a", "one"), (second, "two")):
+        scene.log(worker, "call", revision=scene.revision)
+        token = scene.join(b"ns/rwlock/job/" + name.encode(), worker)
+        scene.log(worker, "granted", token=token, lines=["ns/rwlock/job/"])
+        scene.log(worker, "return", outcome="released")
+        scene.log(worker, "late", revision=scene.revision)
+    assert wrong is any(text.startswith("L3") for text in scene.wrong())
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_half_of_two_locks_is_told(leaves):
+    """Two locks that were never owned at one revision were not owned together."""
+    scene = Scene()
+    one, other = b"ns/lock/a/x-1", b"ns/lock/b/x-2"
+    ahead = scene.join(b"ns/lock/b/w-1", "two")
+    scene.revision += 1
+    value = json.dumps({"node": "one"}).encode()
+    token = scene.revision
+    puts = [Event.put(KeyValue(key, value, token, token, 1, 7)) for key in (one, other)]
+    scene.commits.append(Commit(token, tuple(puts)))
+    if leaves:
+        scene.leave(one)
+    scene.leave(b"ns/lock/b/w-1")
+    scene.log("one", "granted", token=token, lines=["ns/lock/a/", "ns/lock/b/"])
+    assert ahead < token
+    assert leaves is any(text.startswith("whole") for text in scene.wrong())

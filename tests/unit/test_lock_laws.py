@@ -223,6 +223,25 @@ async def check_nothing_is_left(etcd, infra, other):
     assert {session.own_key.key} == session.janitor.known_keys
 
 
+@every_kind
+async def test_no_two_have_one_token(kind, etcd, autojump_clock):
+    """Fifteen tasks of one process ask at once: each hold has a token of its own, also where all hold it together."""
+    async with open_infra(etcd.node("one")) as infra, trio.open_nursery() as nursery:
+        tokens = []
+
+        async def take() -> None:
+            async with KINDS[kind](infra) as hold:
+                tokens.append(hold.token)
+                await trio.sleep(1)
+
+        for _ in range(15):
+            nursery.start_soon(take)
+        with trio.fail_after(30):
+            while len(tokens) < 15:
+                await trio.sleep(1)
+    assert 15 == len(set(tokens))
+
+
 # ── multi-locks ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -243,6 +262,60 @@ async def test_multi_lock_is_in_the_lines_of_its_locks(etcd, infra, autojump_clo
         assert LockStatus.FENCED is hold.status
         assert [] == places(etcd)
         assert not (await etcd.txn(Txn(hold.fence.proof))).succeeded
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+async def test_multi_lock_that_waits_and_loses_a_key_is_told(name, etcd, infra, autojump_clock):
+    """Whichever of its keys goes while another lock is waited for: told within a second, and nothing is left."""
+    async with infra.lock("b"), open_infra(etcd.node("two"), seed=2) as two, trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(LockLostError, match="was deleted"):
+                await two.multi_lock("a", "b", "c").acquire()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait)
+        await trio.sleep(5)
+        (key,) = [
+            kv.key for kv in places(etcd) if kv.lease == two.session.lease.id and f"/{name}/" in kv.key.decode()
+        ]
+        await etcd.delete(KeyRange.one(key))
+        await trio.sleep(1)
+        pytest.fail("it waits on")
+    assert [] == places(etcd)
+
+
+async def test_multi_lock_is_granted_only_if_all_keys_are_seen(etcd, infra, autojump_clock):
+    """A key of a lock that it had come to already goes right before the last turn comes: lost, not granted."""
+    holder = await infra.lock("b").acquire()
+    async with open_infra(etcd.node("two"), seed=2) as two, trio.open_nursery() as nursery:
+
+        async def release() -> None:
+            await trio.sleep(0.1)
+            await etcd.delete(KeyRange.prefix(KEYS.lock_line("a")))
+            await holder.release()
+
+        nursery.start_soon(release)
+        with pytest.raises(LockLostError):
+            await two.multi_lock("a", "b").acquire()
+    assert [] == places(etcd)
+
+
+async def test_multi_lock_whose_first_key_goes_before_the_answer_is_lost(etcd, autojump_clock):
+    """The join's answer is lost, and one of its keys is deleted before it is repeated: told, and nothing is left."""
+    faulty = FaultyBackend(etcd.node("one"))
+    async with open_infra(faulty) as infra, trio.open_nursery() as nursery:
+
+        async def delete_first() -> None:
+            while not places(etcd):
+                await trio.sleep(0.001)
+            await etcd.delete(KeyRange.prefix(KEYS.lock_line("a")))
+
+        nursery.start_soon(delete_first)
+        faulty.lose_next_answer()
+        with pytest.raises(LockLostError), trio.fail_after(5):
+            await infra.multi_lock("a", "b").acquire()
+        assert [] == places(etcd)
 
 
 async def test_multi_locks_never_wait_in_a_ring(etcd, autojump_clock):
@@ -348,6 +421,27 @@ async def test_readers_behind_a_writer_are_let_in_together(etcd, infra, autojump
     assert [("first", 0), ("second", 0)] == log
 
 
+async def test_writer_waits_for_every_reader(etcd, infra, autojump_clock):
+    """The reader directly ahead goes first: the writer, of the same process, still waits for the other one."""
+    wrote = []
+
+    async def write() -> None:
+        async with infra.rwlock("job").write:
+            wrote.append(trio.current_time())
+
+    async def read(seconds, task_status) -> None:
+        async with infra.rwlock("job").read:
+            task_status.started()
+            await trio.sleep(seconds)
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(read, 5)
+        await nursery.start(read, 1)
+        nursery.start_soon(write)
+    assert 5 <= wrote[0] - began < 5.1
+
+
 # ── semaphores ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -387,6 +481,53 @@ async def test_other_number_of_permits_is_a_conflict(etcd, infra, autojump_clock
                 await two.semaphore("job", 3).acquire()
     async with infra.semaphore("job", 3):
         assert b"3" == (await etcd.get(KEYS.semaphore_permits("job"))).value
+
+
+async def attempt_interrupted(etcd, meanwhile):
+    """Attempt to take one of two permits, with something happening between the look and the join."""
+    faulty = FaultyBackend(etcd.node("slow"))
+    async with open_infra(faulty, seed=3) as infra, trio.open_nursery() as nursery:
+        faulty.only = lambda _, request: isinstance(request, Txn) and not request.is_read_only
+        faulty.delay_next(1.0)
+
+        async def happen() -> None:
+            await trio.sleep(0.5)
+            await meanwhile()
+
+        nursery.start_soon(happen)
+        async with infra.semaphore("job", 2).attempt() as hold:
+            stored = await etcd.get(KEYS.semaphore_permits("job"))
+            return hold is not None, stored.value
+
+
+async def test_holder_that_comes_after_the_count_is_counted(etcd, infra, autojump_clock):
+    """One permit is left at the look and none at the join: the attempt is refused."""
+    async with infra.semaphore("job", 2), open_infra(etcd.node("two"), seed=2) as two:
+        taken, _ = await attempt_interrupted(etcd, two.semaphore("job", 2).acquire)
+        assert not taken
+
+
+async def test_number_that_changes_after_the_look_is_written_anew(etcd, infra, autojump_clock):
+    """Somebody uses the idle semaphore with another number, and goes: what is stored is the number in use."""
+
+    async def use_with_three() -> None:
+        async with infra.semaphore("job", 3):
+            pass
+
+    async with infra.semaphore("job", 2):
+        pass
+    assert (True, b"2") == await attempt_interrupted(etcd, use_with_three)
+
+
+async def test_attempt_does_not_pass_who_comes_to_the_queue(etcd, infra, autojump_clock):
+    """Somebody comes to the queue between the look and the join: the attempt is refused."""
+
+    async def stand() -> None:
+        await etcd.put(KEYS.semaphore_queue("job") + b"stranger", b"")
+
+    async with infra.semaphore("job", 2):
+        taken, _ = await attempt_interrupted(etcd, stand)
+        assert not taken
 
 
 async def test_one_release_wakes_one_of_a_thousand(etcd, autojump_clock):

@@ -7,6 +7,7 @@ import pytest
 from etcd_infra._backends.memory_history import Commit
 from etcd_infra._etcd.model import Event, KeyValue
 from etcd_infra.testing import Claim, Grant, check_fences, check_grants
+from etcd_infra.testing.fences import Turn, everybody, readers_or_writer, turns
 
 LOCKS = b"lock/"
 LINE = b"lock/job/"
@@ -121,3 +122,56 @@ def test_bad_grants_are_found(name):
     """A grant without its turn, or a token out of order, is found under its name."""
     commits, grants, invariant = BAD_GRANTS[name]
     assert invariant in {violation.invariant for violation in check_grants(history(*commits), LOCKS, grants)}
+
+
+# Readers a, b, c and writers v, w; who owned the line, from when to when.
+SHARED = {
+    "nobody": ((), []),
+    "one reads": (("+read-a", "-read-a"), [Turn(2, 2, 3)]),
+    "two read": (("+read-a", "+read-b", "-read-a"), [Turn(2, 2, 4), Turn(3, 3)]),
+    "one writes": (("+write-v",), [Turn(2, 2)]),
+    "writer behind readers": (
+        ("+read-a", "+read-b", "+write-v", "-read-a", "-read-b"),
+        [Turn(2, 2, 5), Turn(3, 3, 6), Turn(4, 6)],
+    ),
+    "reader behind a writer that waits": (
+        ("+read-a", "+write-v", "+read-b", "-read-a", "-write-v"),
+        [Turn(2, 2, 5), Turn(3, 5, 6), Turn(4, 6)],
+    ),
+    "reader behind a writer that gives up": (
+        ("+read-a", "+write-v", "+read-b", "-write-v"),
+        [Turn(2, 2), Turn(4, 5)],
+    ),
+    "two writers": (("+write-v", "+write-w", "-write-v"), [Turn(2, 2, 4), Turn(3, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_owners_of_a_read_write_lock(name):
+    """Readers own it together up to the first writer, a writer alone."""
+    commits, owned = SHARED[name]
+    assert owned == turns(history(*commits), LOCKS, rule=readers_or_writer).get(LINE, [])
+
+
+def test_every_holder_of_a_semaphore_has_its_turn():
+    """Among a semaphore's holders everybody may write, and nobody else."""
+    commits = history("+a", "+b", "b=3", "a=2", "-a", "b=3")
+    assert [] == check_fences(commits, LOCKS, claim_of, rule=everybody)
+    assert [] == check_grants(commits, LOCKS, [grant(2, 1, 3), grant(3, 2, 3)], rule=everybody)
+    late = check_fences(history("+a", "+b", "-a", "a=2"), LOCKS, claim_of, rule=everybody)
+    assert ["L1"] == [violation.invariant for violation in late]
+
+
+@pytest.mark.parametrize(
+    ("commits", "wrong"),
+    [
+        (("+read-a", "+write-v", "v=3"), True),
+        (("+write-v", "+read-a", "a=3"), True),
+        (("+read-a", "+write-v", "+read-b", "b=4"), True),
+        (("+write-v", "+write-w", "w=3"), True),
+        (("+read-a", "+read-b", "b=3", "a=2"), False),
+    ],
+)
+def test_writes_beside_a_writer_are_found(commits, wrong):
+    """Nobody writes beside a writer, and no reader that came after one that waits."""
+    assert wrong is bool(check_fences(history(*commits), LOCKS, claim_of, rule=readers_or_writer))

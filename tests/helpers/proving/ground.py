@@ -38,11 +38,6 @@ class Show:
     patience: float = 90.0
     of: str = "lock"
 
-    @property
-    def lines(self) -> str:
-        """The prefix of all lines that the processes stand in."""
-        return f"{NAMESPACE}/{self.of}/"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -130,8 +125,9 @@ async def _open_road(cluster, task_status):
 async def _left_over(backend, crew) -> list[str]:
     """List what is left although every lease that could remove it lives, and then what is left at the end."""
     wrong = []
-    for kind in ("lock", "election", "member"):
+    for kind in (*line_history.RULES, "member"):
         kvs = (await backend.range(Range(KeyRange.prefix(f"{NAMESPACE}/{kind}/".encode())))).kvs
+        kvs = [kv for kv in kvs if kv.lease]
         if not kvs:
             continue
         wrong.append(f"places are left while their sessions live: {[(kv.key, kv.value) for kv in kvs]}")
@@ -152,7 +148,7 @@ async def _left_over(backend, crew) -> list[str]:
     if leases := await backend.lease_list():
         wrong.append(f"leases are left by processes that ended well: {leases}")
     rest = [kv.key for kv in (await backend.range(Range(KeyRange.everything()))).kvs]
-    strange = [key for key in rest if b"/register/" not in key and not key.endswith(b"/epoch")]
+    strange = [key for key in rest if b"/register/" not in key and not key.endswith((b"/epoch", b"/permits"))]
     return [*wrong, *([f"keys are left: {strange}"] if strange else [])]
 
 
@@ -169,14 +165,14 @@ def _judge(show, observations, crew, nemesis, wrong, seconds) -> Outcome:
         return not any(start <= end and begin <= stop for start, stop in noisy)
 
     ledger = line_history.Ledger(commits)
-    handed = line_history.hand_overs(commits, show.lines)
+    handed = line_history.hand_overs(commits, NAMESPACE)
     return Outcome(
-        wrong + line_history.check(commits, logs, show.lines, quiet),
+        wrong + line_history.check(commits, logs, NAMESPACE, quiet),
         granted=sum(step["event"] == "granted" for steps in logs.values() for step in steps),
         hand_overs=len(handed),
         under_fault=dict(line_history.under_fault(handed, times, nemesis.diary)),
         faults=dict(nemesis.counts),
         late_leavers=len(line_history.late_leavers(logs, ledger)),
-        waits=line_history.waits(commits, logs, times, show.lines, quiet),
+        waits=line_history.waits(commits, logs, times, NAMESPACE, quiet),
         seconds=seconds,
     )

@@ -1,5 +1,5 @@
 """
-One process of the proving ground: locks or leads again and again, writes under its fence, logs every step.
+One process of the proving ground: locks, in whatever way there is, or leads again and again, writes under its fence, logs every step.
 
 ``python worker.py CONFIG``, one JSON object. Each step is one line of JSON in the log, with the time of the
 monotonic clock, which all processes of a machine share; a step is logged before the next one begins, so that a
@@ -32,6 +32,7 @@ class Worker:
         self._infra = infra
         self._name = config["name"]
         self._turn = self.lead if config["of"] == "election" else self.lock
+        self._choose = self.choose_of_all if config["of"] == "all" else self.choose_lock
         self._locks = config["locks"]
         self._rounds = config["rounds"]
         self._rest = config["rest"]
@@ -91,13 +92,32 @@ class Worker:
             await self.write(name, self._hold, "late")
         return self._hold is not None
 
+    def choose_lock(self):
+        """Choose a lock; return what to call it in the log, and the lock."""
+        name = self._random.choice(self._locks)
+        return name, self._infra.lock(name, ttl=4 if self._random.random() < 0.1 else None)
+
+    def choose_of_all(self):
+        """Choose a lock, one side of a read-write lock, a permit, or several locks."""
+        name = self._random.choice(self._locks)
+        several = self._random.sample(self._locks, self._random.randint(2, len(self._locks)))
+        return self._random.choice(
+            (
+                (name, self._infra.lock(name)),
+                (f"read {name}", self._infra.rwlock(name).read),
+                (f"read {name}", self._infra.rwlock(name).read),
+                (f"write {name}", self._infra.rwlock(name).write),
+                (f"two of {name}", self._infra.semaphore(name, 2)),
+                (f"two of {name}", self._infra.semaphore(name, 2)),
+                ("+".join(several), self._infra.multi_lock(*several)),
+            )
+        )
+
     async def lock(self):
         """Ask for a lock once, in one way or another; return whether it was granted."""
-        name = self._random.choice(self._locks)
-        ttl = 4 if self._random.random() < 0.1 else None
+        name, lock = self._choose()
         kind = self._random.choices(("wait", "attempt", "impatient"), (80, 8, 12))[0]
         self.say("call", lock=name, kind=kind, revision=await self.revision())
-        lock = self._infra.lock(name, ttl=ttl)
         self._hold = None
         outcome = "released"
         try:
@@ -131,19 +151,30 @@ class Worker:
     async def body(self, name, hold):
         """Write twice under the fence, so that another holder's writes could come between."""
         self._hold = hold
-        self.say("granted", lock=name, token=hold.token, key=hold.fence.proof[0].range.key.decode())
+        self.say("granted", lock=name, token=hold.token, lines=self.lines(hold))
         await self.write(name, hold, "first")
         await trio.sleep(self._random.random() * 0.01)
         await self.write(name, hold, "second")
 
+    @staticmethod
+    def lines(hold):
+        """List the lines in which a hold has its places."""
+        return [compare.range.key.decode().rpartition("/")[0] + "/" for compare in hold.fence.proof]
+
     async def write(self, name, hold, which):
         """Write once under the fence, and log what is known of the outcome."""
-        value = {"worker": self._name, "op": self._operation, "lock": name, "token": hold.token, "which": which}
-        put = Put(f"{self._infra.namespace}/register/{name}".encode(), json.dumps(value).encode())
+        value = {"worker": self._name, "op": self._operation, "token": hold.token, "which": which}
+        puts = [
+            Put(
+                line.replace("/", "/register/", 1).rstrip("/").encode(),
+                json.dumps(value | {"line": line}).encode(),
+            )
+            for line in self.lines(hold)
+        ]
         facts = {"lock": name, "token": hold.token, "which": which}
         self.say("send", **facts)
         try:
-            answer = await self._infra.backend.txn(Txn(hold.fence.proof, (put,)))
+            answer = await self._infra.backend.txn(Txn(hold.fence.proof, tuple(puts)))
         except OutcomeUnknownError:
             self.say("unknown", **facts)
         except EtcdInfraError as error:

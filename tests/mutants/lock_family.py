@@ -1,0 +1,112 @@
+"""Bugs of read-write locks, semaphores and multi-locks."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+LOCK_FAMILY = (
+    Mutant(
+        "reader-ignores-writers",
+        "A reader waits for nobody, and an attempt to read passes writers.",
+        "_primitives/rwlock.py",
+        "return Spot(self._keys.rwlocks, line, READER, rivals=KeyRange.prefix(line + WRITER))",
+        'return Spot(self._keys.rwlocks, line, READER, rivals=KeyRange.prefix(line + b"nobody-"))',
+        "unit/test_lock_laws.py::test_writer_is_not_starved",
+    ),
+    Mutant(
+        "writer-ignores-readers",
+        "A writer waits for writers only.",
+        "_primitives/rwlock.py",
+        "return Spot(self._keys.rwlocks, line, WRITER, rivals=KeyRange.prefix(line))",
+        "return Spot(self._keys.rwlocks, line, WRITER, rivals=KeyRange.prefix(line + WRITER))",
+        "unit/test_lock_laws.py::test_writer_waits_for_every_reader",
+    ),
+    Mutant(
+        "any-reader-that-goes-lets-the-writer-in",
+        "The reader directly ahead grants the writer of its process its turn, though others still read.",
+        "_primitives/_waitqueue.py",
+        "        self._has_heirs = spot.rivals is None\n",
+        "        self._has_heirs = True\n",
+        "unit/test_lock_laws.py::test_writer_waits_for_every_reader",
+    ),
+    Mutant(
+        "readers-share-a-token",
+        "Readers whose joins travel in one transaction have one token.",
+        "_primitives/_waitqueue.py",
+        "            (self.put, *self._apart, *reads),\n",
+        "            (self.put, *reads),\n",
+        "unit/test_lock_laws.py::test_no_two_have_one_token",
+    ),
+    Mutant(
+        "one-permit-too-many",
+        "The last permit is given twice.",
+        "_primitives/semaphore.py",
+        "return len(holders) < self.permits, conditions",
+        "return len(holders) <= self.permits, conditions",
+        "unit/test_lock_laws.py::test_never_more_holders_than_permits",
+    ),
+    Mutant(
+        "holders-not-compared",
+        "Holders are counted, and a permit is taken although more have come since.",
+        "_primitives/semaphore.py",
+        "conditions = (unchanged_since(holder.line, answer.revision), same)",
+        "conditions = (same,)",
+        "unit/test_lock_laws.py::test_holder_that_comes_after_the_count_is_counted",
+    ),
+    Mutant(
+        "number-of-permits-not-compared",
+        "A permit is taken under a number that is not the stored one any more.",
+        "_primitives/semaphore.py",
+        "conditions = (unchanged_since(holder.line, answer.revision), same)",
+        "conditions = (unchanged_since(holder.line, answer.revision),)",
+        "unit/test_lock_laws.py::test_number_that_changes_after_the_look_is_written_anew",
+    ),
+    Mutant(
+        "attempt-passes-the-queue",
+        "An attempt does not compare that nobody waits.",
+        "_primitives/semaphore.py",
+        "await holder.join((nobody_waits, *conditions), ops)",
+        "await holder.join(conditions, ops)",
+        "unit/test_lock_laws.py::test_attempt_does_not_pass_who_comes_to_the_queue",
+    ),
+    Mutant(
+        "any-number-of-permits",
+        "Who asks for another number of permits gets one of its own counting.",
+        "_primitives/semaphore.py",
+        "            if stored and (holders or len(waiting) > 1):\n",
+        "            if False:\n",
+        "unit/test_lock_laws.py::test_other_number_of_permits_is_a_conflict",
+    ),
+    Mutant(
+        "all-but-one-lock",
+        "Several locks are granted as the last turn comes, also if a key of an earlier turn has gone meanwhile.",
+        "_primitives/_places.py",
+        "        while not await self._look():\n",
+        "        if not await self._look():\n",
+        "unit/test_lock_laws.py::test_multi_lock_is_granted_only_if_all_keys_are_seen",
+    ),
+    Mutant(
+        "waiting-for-the-rest",
+        "One of several keys goes, and the others' turns are waited for as if nothing had happened.",
+        "_primitives/_places.py",
+        "            guarded = self.guard(waiting.cancel)\n",
+        "            guarded = ()\n",
+        "unit/test_lock_laws.py::test_multi_lock_that_waits_and_loses_a_key_is_told",
+    ),
+    Mutant(
+        "half-a-join-is-no-answer",
+        "A join without an answer, one of whose keys is gone, ends in an error that nobody knows.",
+        "_primitives/_places.py",
+        "            raise await end_of(self._first) from None\n",
+        "            raise\n",
+        "unit/test_lock_laws.py::test_multi_lock_whose_first_key_goes_before_the_answer_is_lost",
+    ),
+    Mutant(
+        "others-are-forgotten",
+        "Letting go of several locks gives back the first one only.",
+        "_primitives/_places.py",
+        "                place.share_fate(self._first)\n",
+        "                pass\n",
+        "unit/test_lock_laws.py::test_held_for_the_length_of_the_body",
+    ),
+)
