@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from etcd_infra._backends.opening import TlsConfig, open_etcd
+from etcd_infra._backends.opening import environment_options, open_etcd
+from etcd_infra._backends.tls import TlsConfig
 from etcd_infra._etcd.calls import Call
 from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._hold import Hold, LockStatus
@@ -177,6 +178,7 @@ __all__ = [
     "TwoPhaseTransaction",
     "UnavailableError",
     "WriteBehind",
+    "environment_options",
     "open_coordinator",
     "open_etcd",
 ]

@@ -317,9 +317,9 @@ async def _open_backend(
 
         yield MemoryEtcd(auto_compact_revisions=10_000)
         return
-    from etcd_infra._backends.opening import open_etcd
+    from etcd_infra._backends.opening import environment_options, open_etcd
 
-    async with open_etcd(endpoints, **(_environment_options(environment) | options)) as opened:
+    async with open_etcd(endpoints, **(environment_options(environment) | options)) as opened:
         yield opened
 
 
@@ -327,23 +327,6 @@ def _refuse(options: dict[str, Any], what: str) -> None:
     if options:
         msg = f"options of open_etcd make no sense with {what}: {sorted(options)}"
         raise TypeError(msg)
-
-
-def _environment_options(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Read what is set of user, password, transport and TLS files."""
-    options: dict[str, Any] = {}
-    for option in ("username", "password", "transport"):
-        if value := environment.get(f"ETCD_INFRA_{option.upper()}"):
-            options[option] = value
-    files = {
-        field: environment.get(f"ETCD_INFRA_{variable}")
-        for field, variable in (("ca", "CACERT"), ("cert", "CERT"), ("key", "KEY"))
-    }
-    if any(files.values()):
-        from etcd_infra._backends.opening import TlsConfig
-
-        options["tls"] = TlsConfig(**files)
-    return options
 
 
 def _default_node_id(environment: Mapping[str, str], random: Random) -> str:

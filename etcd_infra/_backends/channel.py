@@ -7,7 +7,7 @@ A transport's own exceptions and status objects end here; what passes is a `Chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from etcd_infra._backends.status import StatusCode
 
@@ -82,7 +82,12 @@ class Channel(ABC):
     A connection to one endpoint, made when it is first used and again whenever it broke.
 
     Every verb raises `ForkedError` in a process that was forked after the channel was made.
+
+    Attributes:
+        renews_access: A new stream may be let in where an older one was denied.
     """
+
+    renews_access: ClassVar[bool] = False
 
     @abstractmethod
     async def unary(

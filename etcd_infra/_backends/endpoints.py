@@ -9,7 +9,7 @@ them for seven seconds when the leader pauses).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -74,10 +74,18 @@ class EndpointPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where an etcd member listens; `host` without brackets."""
+    """
+    Where an etcd member listens.
+
+    Attributes:
+        host: Without brackets.
+        port: From 1 to 65535.
+        secure: Whether https or http was said; None: neither.
+    """
 
     host: str
     port: int
+    secure: bool | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

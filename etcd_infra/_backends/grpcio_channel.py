@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc as untyped_grpc
@@ -26,6 +27,8 @@ from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+
+    from etcd_infra._backends.tls import TlsConfig
 
 grpc: Any = untyped_grpc
 """It comes without type information."""
@@ -118,9 +121,13 @@ class GrpcioChannel(Channel):
         target: "host:port", as grpcio understands it.
         dial_timeout: Seconds for one attempt to connect. It should end before the deadlines of calls, so that
             a server that accepts and says nothing is known to have got no request.
+        tls: How to secure connections, with what its files hold now; None: not at all.
+
+    Raises:
+        OSError: a file can not be read.
     """
 
-    def __init__(self, target: str, *, dial_timeout: float) -> None:
+    def __init__(self, target: str, *, dial_timeout: float, tls: TlsConfig | None = None) -> None:
         self._pid = os.getpid()
         self._inbox = _Inbox()
         self._calls: set[Any] = set()
@@ -129,7 +136,11 @@ class GrpcioChannel(Channel):
         self._closed = False
         # What we call the dial timeout is grpcio's minimal back-off: the time given to one attempt.
         options = (*_OPTIONS, ("grpc.min_reconnect_backoff_ms", max(1, round(dial_timeout * 1000))))
-        self._channel: Any = grpc.insecure_channel(target, options=options)
+        if tls is None:
+            self._channel: Any = grpc.insecure_channel(target, options=options)
+        else:
+            named = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
+            self._channel = grpc.secure_channel(target, _credentials(tls), options=(*options, *named))
 
     async def unary(
         self, method: str, request: bytes, /, *, time_limit: float, metadata: Metadata = ()
@@ -287,6 +298,11 @@ class _GrpcioStream(ByteStream):
 
 def _ignoring_argument(action: Callable[[], None], _: object) -> None:
     action()
+
+
+def _credentials(tls: TlsConfig) -> Any:
+    files = [None if name is None else Path(name).read_bytes() for name in (tls.ca, tls.key, tls.cert)]
+    return grpc.ssl_channel_credentials(*files)
 
 
 def _failure(call: Any) -> ChannelError:

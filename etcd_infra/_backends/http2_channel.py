@@ -18,12 +18,14 @@ from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Meta
 from etcd_infra._backends.grpc_headers import RequestHeaders
 from etcd_infra._backends.http2_connection import Connection
 from etcd_infra._backends.status import StatusCode
+from etcd_infra._backends.tls import secured
 from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from etcd_infra._backends.endpoints import Endpoint
+    from etcd_infra._backends.tls import TlsConfig
     from etcd_infra._etcd.background import Background
 
 # A server that is down is not dialled again for every caller that comes meanwhile.
@@ -39,16 +41,23 @@ class Http2Channel(Channel):
         dial_timeout: Seconds for one attempt to connect, the server's greeting included: one that accepts
             and says nothing is known to have got no request.
         background: Where connections are served.
+        tls: How to secure connections; None: not at all.
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, dial_timeout: float, background: Background | trio.Nursery
+        self,
+        endpoint: Endpoint,
+        *,
+        dial_timeout: float,
+        background: Background | trio.Nursery,
+        tls: TlsConfig | None = None,
     ) -> None:
         self._pid = os.getpid()
         self._endpoint = endpoint
         self._dial_timeout = dial_timeout
         self._background = background
-        self._headers = RequestHeaders(str(endpoint))
+        self._tls = tls
+        self._headers = RequestHeaders(str(endpoint), scheme="http" if tls is None else "https")
         self._connection: Connection | None = None
         self._connections: set[Connection] = set()
         self._dial: _Dial | None = None
@@ -118,11 +127,15 @@ class Http2Channel(Channel):
     async def _open_transport(self, dial: _Dial, ready_by: float) -> trio.abc.Stream | None:
         with trio.CancelScope(deadline=ready_by):
             try:
-                return await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port)
-            except (OSError, UnicodeError) as error:
+                transport = await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port)
+                if self._tls is not None:
+                    return await secured(transport, self._tls, self._endpoint.host)
+            except (OSError, UnicodeError, trio.BrokenResourceError) as error:
                 # UnicodeError: no name of a host, as those who translate it see it.
                 dial.fact = _described(error)
                 return None
+            else:
+                return transport
         dial.fact = f"nobody accepted within {self._dial_timeout:g} s"
         return None
 
@@ -169,7 +182,7 @@ class _Dial:
         return now >= self._done_at + _DIAL_PAUSE_SECONDS
 
 
-def _described(error: OSError | UnicodeError) -> str:
+def _described(error: OSError | UnicodeError | trio.BrokenResourceError) -> str:
     # Trio tries each address of a name; if all fail, the reasons are behind its own error.
     cause: Any = error.__cause__
     reasons: tuple[object, ...] = getattr(cause, "exceptions", (cause or error,))

@@ -35,7 +35,7 @@ class ServerBug(StrEnum):
     PAST_EVENTS = "past events"
     """A watch goes back in time, and sends what it sent before (#15271)."""
     EARLY_PROGRESS = "early progress"
-    """A progress notification overtakes events, on watches that asked for progress (#15220, #20221)."""
+    """A progress notification overtakes events, once before a watch is in step again (#15220)."""
     LOST_DELETE = "lost delete"
     """A watch that starts at the compaction revision lacks that revision's DELETEs (#18089, #19179)."""
     CREATED_CANCELED = "created and canceled"
@@ -135,13 +135,14 @@ class _BuggyWatchers(Watchers):
 
 
 class _BuggyWatcher(Watcher):
-    __slots__ = ("_again", "_misbehaviour", "_sent")
+    __slots__ = ("_again", "_early", "_misbehaviour", "_sent")
 
     def __init__(self, hub: _BuggyWatchers, request: WatchRequest, now: float) -> None:
         super().__init__(hub, request, now)
         self._misbehaviour = hub.misbehaviour
         self._sent: deque[WatchResponse] = deque(maxlen=5)
         self._again: deque[WatchResponse] = deque()
+        self._early = False
         if self._misbehaviour.strikes(ServerBug.CREATED_CANCELED):
             self.close()
             reason = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
@@ -151,8 +152,10 @@ class _BuggyWatcher(Watcher):
         if self._again:
             return self._again.popleft()
         strikes = self._misbehaviour.strikes
-        overtaken = self._pending or not self._in_step
-        if self.request.progress_notify and overtaken and strikes(ServerBug.EARLY_PROGRESS):
+        if not self._pending and self._in_step:
+            self._early = False
+        elif self.request.progress_notify and not self._early and strikes(ServerBug.EARLY_PROGRESS):
+            self._early = True
             return WatchResponse(self._hub.history.revision)
         response = super().poll(now)
         if response is not None and response.events and not response.fragment:

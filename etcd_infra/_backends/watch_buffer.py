@@ -31,6 +31,7 @@ class BufferedWatch(WatchStream):
         seen_revision: The highest revision that a server has shown to this watch.
         suspended: It was taken off the stream because it was full.
         stream_id: Its id on the present stream, once that is known.
+        is_denied: The server denied access, which is not believed yet.
     """
 
     def __init__(self, cursor: WatchCursor, on_drained: Callable[[BufferedWatch], None]) -> None:
@@ -39,6 +40,7 @@ class BufferedWatch(WatchStream):
         self.seen_revision = 0
         self.suspended = False
         self.stream_id: int | None = None
+        self.is_denied = False
         self._on_drained = on_drained
         self._batches: deque[WatchBatch] = deque()
         self._events = 0

@@ -42,14 +42,16 @@ class WatchCursor:
 
     `next_revision` is the first revision that was not yet delivered (0: not known before the first
     creation). It moves only with whole revisions: never with the header of an event answer, which may be
-    far ahead of its events, and never in the middle of fragments. Notifications move it, too, but what
-    they have overtaken is still delivered.
+    far ahead of its events, and never in the middle of fragments. A notification moves it when the next
+    one comes, and is delivered then: one that has overtaken events thus loses none, even if the connection
+    breaks before they come.
     """
 
     __slots__ = (
         "_delivered",
         "_fragments",
         "_from_now",
+        "_notified",
         "_request",
         "creations",
         "dropped",
@@ -64,6 +66,7 @@ class WatchCursor:
         self._fragments: list[Event] = []
         self.next_revision = request.start_revision
         self._delivered = request.start_revision - 1
+        self._notified = 0
         self.revision = 0
         self.creations = 0
         self.dropped = 0
@@ -71,6 +74,7 @@ class WatchCursor:
     def request(self) -> WatchRequest:
         """Say how to create the watch (anew), at its resume point."""
         self._fragments.clear()
+        self._notified = 0
         return replace(self._request, start_revision=0 if self._from_now else self.next_revision)
 
     @property
@@ -95,10 +99,16 @@ class WatchCursor:
             return self._created(response)
         if response.events or self._fragments:
             return self._events(response)
-        # etcd: a periodic notification of this very watch is a resume point; a requested one (for the
-        # whole stream) is not on old servers (#15220) and must not be fed in here.
-        self.next_revision = max(self.next_revision, response.revision + 1)
-        return WatchBatch(response.revision)
+        return self._believed(response.revision)
+
+    def _believed(self, revision: int) -> WatchBatch | None:
+        # etcd: a requested notification (for the whole stream) overtakes events on old servers (#15220) and
+        # must not be fed in here; that a periodic one never does is disputed there.
+        believed, self._notified = self._notified, revision
+        if not believed:
+            return None
+        self.next_revision = max(self.next_revision, believed + 1)
+        return WatchBatch(believed)
 
     def _canceled(self, response: WatchResponse) -> Exception:
         # etcd: neither reason nor header is filled in when the start is compacted.
@@ -129,6 +139,7 @@ class WatchCursor:
         if not fresh:
             return None
         self._delivered = fresh[-1].revision
+        self._notified = 0
         self.next_revision = max(self.next_revision, self._delivered + 1)
         return WatchBatch(fresh[-1].revision, tuple(fresh))
 

@@ -25,10 +25,16 @@ import trio
 
 from etcd_infra._backends import wire
 from etcd_infra._backends.channel import ChannelError
-from etcd_infra._backends.status import StatusCode
+from etcd_infra._backends.status import StatusCode, refusal
 from etcd_infra._backends.watch_buffer import BufferedWatch
 from etcd_infra._policy.backoff import delay
-from etcd_infra.errors import EtcdError, InvalidAnswerError, StoreResetError, UnavailableError
+from etcd_infra.errors import (
+    AccessDeniedError,
+    EtcdError,
+    InvalidAnswerError,
+    StoreResetError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -200,9 +206,19 @@ class _Multiplexer:
                     self._dispatch(stream, message)
         except (ChannelError, InvalidAnswerError) as error:
             _log.info("a watch stream to %s ended: %s", self._endpoints.name(endpoint), error)
-            policy.failed(endpoint, trio.current_time())
+            if isinstance(error, ChannelError) and not error.blames_endpoint:
+                self._deny(error)
+            else:
+                policy.failed(endpoint, trio.current_time())
         finally:
             self._end()
+
+    def _deny(self, error: ChannelError) -> None:
+        """Fail all watches if the server refuses who we are."""
+        denial = refusal(error.code, error.details)
+        if isinstance(denial, AccessDeniedError):
+            for watch in tuple(self._watches):
+                self._fail(watch, AccessDeniedError(str(denial)))
 
     def _begin(self, stream: ByteStream, endpoint: int) -> None:
         self._stream = stream
@@ -266,9 +282,17 @@ class _Multiplexer:
         except UnavailableError as error:
             # The member can not serve watches now: take them all elsewhere.
             raise ChannelError(StatusCode.UNAVAILABLE, str(error)) from error
+        except AccessDeniedError as error:
+            if self._endpoints.channel(self._endpoint).renews_access and not watch.is_denied:
+                # etcd: an expired token reads as "permission denied" on 3.5.1: believe it from a new one only.
+                watch.is_denied = True
+                raise ChannelError(StatusCode.ABORTED, f"access is renewed after: {error}") from error
+            self._fail(watch, error)
+            return
         except EtcdError as error:
             self._fail(watch, error)
             return
+        watch.is_denied = False
         if batch is None:
             return
         watch.deliver(batch)

@@ -74,6 +74,12 @@ def encode_compact(revision: int) -> bytes:
     return _message("CompactionRequest", revision=revision).SerializeToString()
 
 
+def encode_authenticate(username: str, password: str) -> bytes:
+    """Encode an AuthenticateRequest."""
+    fields = {"name": username.encode(), "password": password.encode()}
+    return MESSAGES["AuthenticateRequest"](**fields).SerializeToString()
+
+
 def encode_lease_grant(ttl: int, lease: int) -> bytes:
     """Encode a LeaseGrantRequest."""
     return _message("LeaseGrantRequest", TTL=ttl, ID=lease).SerializeToString()
@@ -210,6 +216,11 @@ def decode_txn(answer: bytes, request: Txn) -> TxnResult:
 def decode_revision(name: str, answer: bytes) -> int:
     """Decode an answer of which only the header's revision is of interest."""
     return _revision(_parsed(name, answer))
+
+
+def decode_authenticate(answer: bytes) -> str:
+    """Decode an AuthenticateResponse: the token."""
+    return str(_parsed("AuthenticateResponse", answer).token.decode())
 
 
 def decode_lease_grant(answer: bytes) -> LeaseGrant:

@@ -75,6 +75,11 @@ CompactionRequest
 CompactionResponse
      1 ResponseHeader header
 
+AuthenticateRequest
+     1 bytes name              2 bytes password
+AuthenticateResponse
+     1 ResponseHeader header   2 bytes token
+
 WatchRequest
      1 WatchCreateRequest create_request=request
      2 WatchCancelRequest cancel_request=request

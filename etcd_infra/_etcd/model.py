@@ -413,7 +413,8 @@ class WatchBatch:
 
     With `created` it carries no events and says that the watch was made anew (a connection broke). A
     batch that is not `created` and has no events is a progress notification: everything up to
-    `revision` was delivered.
+    `revision` was delivered. It comes when the server sends the next one, since a server's own may overtake
+    events.
     """
 
     revision: int

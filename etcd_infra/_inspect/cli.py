@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import trio
 import typer
 
-from etcd_infra import EtcdInfraError, HealthInfo, Inspector, open_etcd
+from etcd_infra import EtcdInfraError, HealthInfo, Inspector, environment_options, open_etcd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,7 +163,7 @@ async def _inspect(  # noqa: PLR0913, PLR0917
     output: Output,
     watch: bool,  # noqa: FBT001
 ) -> None:
-    async with open_etcd(endpoints) as backend:
+    async with open_etcd(endpoints, **environment_options()) as backend:
         inspector = Inspector(backend, namespace)
         if not watch:
             _show(await _look(inspector, endpoints, kinds, name), output)
@@ -179,7 +179,7 @@ async def _inspect(  # noqa: PLR0913, PLR0917
 async def _history(endpoints: str, namespace: str, name: str, output: Output) -> None:
     from etcd_infra._inspect.render import to_json
 
-    async with open_etcd(endpoints) as backend:
+    async with open_etcd(endpoints, **environment_options()) as backend:
         found = await Inspector(backend, namespace).lock_history(name)
     if output is Output.JSON:
         sys.stdout.write(to_json(found) + "\n")
@@ -201,7 +201,7 @@ async def _look(
 async def _every_health(endpoints: str) -> tuple[HealthInfo, ...]:
     found: list[HealthInfo] = []
     for endpoint in filter(None, map(str.strip, endpoints.split(","))):
-        async with open_etcd(endpoint) as backend:
+        async with open_etcd(endpoint, **environment_options()) as backend:
             found.append(await Inspector(backend, endpoint=endpoint).health())
     return tuple(found)
 
@@ -227,6 +227,6 @@ def _print_table(title: str, rows: Sequence[Any]) -> None:
 
 async def _health(endpoints: str, timeout: float) -> HealthInfo | None:  # noqa: ASYNC109 - the probe's own limit
     with trio.move_on_after(timeout):
-        async with open_etcd(endpoints, call_timeout=timeout) as backend:
+        async with open_etcd(endpoints, call_timeout=timeout, **environment_options()) as backend:
             return await Inspector(backend).health()
     return None

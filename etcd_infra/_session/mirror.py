@@ -131,11 +131,7 @@ async def open_mirror(backend: Backend, keys: KeyRange, random: Random) -> Async
 
 
 class _Follower:
-    """
-    Reads and watches for ever.
-
-    `_told` is the revision up to which everything was told, `_passed` that of the last notification.
-    """
+    """Reads and watches for ever; `_told` is the revision up to which everything was told."""
 
     def __init__(
         self,
@@ -149,7 +145,6 @@ class _Follower:
         self._random = random
         self._send = send
         self._told = 0
-        self._passed = 0
         self._up_to_date = False
         self._reset = False
         self._stale_reads = 0
@@ -173,21 +168,18 @@ class _Follower:
 
     async def _follow(self, started: Callable[[], None]) -> None:
         snapshot = None if self._up_to_date else await self._read()
-        revision = snapshot.revision if snapshot else max(self._told, self._passed)
+        revision = snapshot.revision if snapshot else self._told
         async with self._backend.watch(self._keys, start_revision=revision + 1, progress_notify=True) as stream:
             started()
             if snapshot:
                 await self._send.send(snapshot)
-                self._told, self._passed, self._up_to_date, self._reset = revision, 0, True, False
+                self._told, self._up_to_date, self._reset = revision, True, False
             async for batch in stream:
                 if batch.created:
                     continue  # its revision is the store's: what happened up to it comes after it
                 if events := tuple(event for event in batch.events if event.revision > self._told):
                     await self._send.send(Changes(events))
-                    self._told = events[-1].revision
-                if not batch.events:
-                    # etcd: on some servers a notification overtakes events (#15220), which still come.
-                    self._passed = max(self._passed, batch.revision)
+                self._told = max(self._told, batch.revision)
 
     async def _read(self) -> Snapshot:
         pages = Pages(self._backend, self._keys)

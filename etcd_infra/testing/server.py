@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from etcd_infra._backends.tls import TlsConfig
+
 # Linux gives ports from 32768 on to outgoing connections; a listener there would now and then meet one.
 _PORTS: Final = range(20000, 32768)
 _START_SECONDS: Final = 20.0
@@ -70,7 +72,8 @@ class EtcdServer:
 
     Args:
         binary: The program; None: the one that `find_etcd` finds.
-        tls: Not supported yet.
+        tls: Its certificate and key; with `ca` clients must show a certificate that it signed. Health is then
+            asked for on a port of its own, without TLS.
         extra_args: More flags for the program; they win over ours.
         log: A file that its output is added to and that is kept; None: a file that goes with the server.
 
@@ -82,13 +85,15 @@ class EtcdServer:
     def __init__(
         self,
         binary: str | os.PathLike[str] | None = None,
-        tls: object = None,
+        tls: TlsConfig | None = None,
         extra_args: Sequence[str] = (),
         *,
         log: str | os.PathLike[str] | None = None,
     ) -> None:
-        if tls is not None:
-            raise ValueError(f"EtcdServer can not serve TLS yet: {tls!r}")
+        if tls is not None and tls.cert is None:
+            raise ValueError(f"a server needs a certificate and its key: {tls!r}")
+        self._tls = tls
+        self._plain_endpoint = ""
         self.endpoint = ""
         self.version = ""
         self._binary = binary
@@ -189,7 +194,11 @@ class EtcdServer:
             return
 
     def _choose_ports(self, binary: Path, directory: Path) -> None:
-        self.endpoint = f"http://127.0.0.1:{free_port()}"
+        self._plain_endpoint = self.endpoint = f"http://127.0.0.1:{free_port()}"
+        more: list[str] = []
+        if self._tls is not None:
+            self.endpoint = f"https://127.0.0.1:{free_port()}"
+            more = [f"--listen-metrics-urls={self._plain_endpoint}", *_flags_of(self._tls)]
         peer = f"http://127.0.0.1:{free_port()}"
         self._command = [
             str(binary),
@@ -201,16 +210,23 @@ class EtcdServer:
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=member={peer}",
             "--logger=zap",
+            *more,
             *self._extra_args,
         ]
+
+    async def _ask_version(self) -> str:
+        if self._tls is None:
+            return str((await get_json(self.endpoint, "/version"))["etcdserver"])
+        said = await trio.run_process([self._command[0], "--version"], capture_stdout=True)
+        return said.stdout.decode().partition("etcd Version: ")[2].split()[0]
 
     async def _start(self) -> None:
         assert self._log is not None
         self._process = ChildProcess(self._command, log=self._log, env=_environment())
         with trio.move_on_after(_START_SECONDS):
             while self._process.returncode is None:
-                if await is_healthy(self.endpoint):
-                    self.version = str((await get_json(self.endpoint, "/version"))["etcdserver"])
+                if await is_healthy(self._plain_endpoint):
+                    self.version = await self._ask_version()
                     return
                 await trio.sleep(0.02)
         fact = (
@@ -218,6 +234,11 @@ class EtcdServer:
         )
         self._process.reap()
         raise RuntimeError(f"etcd did not start ({fact}); the end of its log:\n{self._process.log_tail()}")
+
+
+def _flags_of(tls: TlsConfig) -> list[str]:
+    flags = [f"--cert-file={tls.cert}", f"--key-file={tls.key}"]
+    return flags if tls.ca is None else [*flags, f"--trusted-ca-file={tls.ca}", "--client-cert-auth"]
 
 
 def _find_packaged() -> Path | None:

@@ -112,9 +112,9 @@ ELECTIONS = (
     Mutant(
         "notification-hides-events",
         "What a progress notification has overtaken is taken for told.",
-        "_session/mirror.py",
-        "                    self._passed = max(self._passed, batch.revision)\n",
-        "                    self._told = max(self._told, batch.revision)\n",
+        "_backends/watch_cursor.py",
+        "        believed, self._notified = self._notified, revision\n",
+        "        believed = revision\n",
         "unit/test_mirror.py::test_notification_that_overtakes_events_hides_none",
     ),
 )

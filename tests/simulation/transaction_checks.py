@@ -289,7 +289,7 @@ class TransactionChecks:
         times = [f"{timed.commit.revision} ({timed.at:.3f} s)" for timed, _ in applied]
         if len(applied) > 1:
             yield Violation("T1", f"{story} was applied at {times}", applied[1][0].at)
-        if story.outcome == "failed" and applied:
+        if story.outcome == "failed" and applied and not self._delivered_twice(story):
             yield Violation("S5", f"{story} was applied at {times}", story.told.at)
         if story.outcome == "committed" and self._writes(story):
             yield from self._acknowledged(story, applied)
@@ -301,6 +301,15 @@ class TransactionChecks:
                 yield Violation(
                     "T4", f"{story} was left as {story.status}, and applied at {times}", story.asked.at
                 )
+
+    def _delivered_twice(self, story):
+        # Refused for want of space, say, and then delivered again by something in between: a new request.
+        return any(
+            strike.kind is FaultKind.DUPLICATE
+            and strike.node == story.node
+            and story.asked.at <= strike.begin <= story.told.at
+            for strike in self.run.strikes
+        )
 
     @staticmethod
     def _writes(story):

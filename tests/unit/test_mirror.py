@@ -155,7 +155,7 @@ async def test_silent_watch_survives_compaction(autojump_clock):
         await mirror.receive()
         for _ in range(10):
             await etcd.put(b"other", b"")
-        await trio.sleep(1_300)
+        await trio.sleep(2_000)
         await etcd.compact(etcd.store.revision)
         node.partition()
         await trio.sleep(1)
@@ -171,6 +171,28 @@ async def test_notification_that_overtakes_events_hides_none(seed, autojump_cloc
     async with mirror_of(etcd.node("one")) as mirror:
         await mirror.receive()
         wanted = [await etcd.put(b"k/%d" % number, b"") for number in range(seed + 1)]
+        seen = []
+        with trio.fail_after(10):
+            while len(seen) < len(wanted):
+                seen += [event.revision for event in (await mirror.receive()).events]
+        assert wanted == seen
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_break_after_an_early_notification_loses_nothing(seed, autojump_clock):
+    """Events that a notification has overtaken are told even if the connection breaks before they come."""
+    etcd = MemoryEtcd(bugs=(ServerBug.EARLY_PROGRESS,), random=random.Random(seed))
+    node = etcd.node("one")
+    async with mirror_of(node) as mirror:
+        await mirror.receive()
+        wanted = []
+        for number in range(10):
+            wanted += [await etcd.put(b"k/%d" % number, b"")]
+            if number % 2:
+                await trio.lowlevel.checkpoint()
+            node.partition()
+            await trio.sleep(0.1)
+            node.heal()
         seen = []
         with trio.fail_after(10):
             while len(seen) < len(wanted):

@@ -10,6 +10,7 @@ import trio
 
 from etcd_infra._backends.endpoints import Endpoint
 from etcd_infra._backends.opening import open_etcd, parse_endpoints
+from etcd_infra._backends.tls import TlsConfig
 
 GOOD = "http://127.0.0.1:2379"
 
@@ -41,7 +42,7 @@ def test_endpoints_that_are_understood(given, expected):
     "given",
     [
         "ftp://a:1",
-        "https://a:1",
+        "https://a:1/path",
         "http://a:1/path",
         "http://a:1?x=1",
         "http://a:1#x",
@@ -80,9 +81,9 @@ def test_endpoints_of_another_type_are_refused(given):
     [
         ({"transport": "carrier-pigeon"}, "carrier-pigeon"),
         ({"transport": "gateway"}, "gateway"),
-        ({"tls": object()}, "tls"),
-        ({"username": "root", "password": "secret"}, "username"),
+        ({"tls": TlsConfig()}, "http://127.0.0.1:2379"),
         ({"password": "secret"}, "password"),
+        ({"username": "root"}, "username"),
         ({"dial_timeout": 0}, "dial_timeout must be more than 0 seconds: 0"),
         ({"call_timeout": -1.5}, "-1.5"),
         ({"call_timeout": float("nan")}, "nan"),
@@ -94,6 +95,35 @@ def test_bad_options_are_refused(options, shown):
         open_etcd(GOOD, **options)
 
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "tls", "shown"),
+    [
+        ("https://a:1,http://b:2", None, "http://b:2"),
+        ("https://a:1", TlsConfig(ca="/no/such/file"), "/no/such/file"),
+        ("a:1", TlsConfig(ca=__file__), __file__),
+        ("a:1", TlsConfig(cert=__file__, key=__file__), __file__),
+    ],
+)
+def test_bad_tls_is_refused(endpoints, tls, shown):
+    """Nothing is silently plain, and files that are of no use are refused at the call, by name."""
+    with pytest.raises(ValueError, match=shown):
+        open_etcd(endpoints, tls=tls)
+
+
+def test_tls_of_another_type_is_refused():
+    """What is no TlsConfig is a TypeError; a certificate without its key a ValueError."""
+    with pytest.raises(TypeError, match="TlsConfig"):
+        open_etcd("a:1", tls=object())
+    with pytest.raises(ValueError, match=r"client\.pem"):
+        TlsConfig(cert="client.pem")
+
+
+def test_scheme_is_remembered_and_does_not_tell_endpoints_apart():
+    """https, http and neither are told apart, while one member named in two ways is one endpoint."""
+    parsed = parse_endpoints("https://a:1,http://b:1,c:1,a:1")
+    assert [True, False, None] == [endpoint.secure for endpoint in parsed]
 
 
 @pytest.mark.parametrize("password", ["secret", "secret/", "sec,secret", "#secret", "[secret", "secret?"])

@@ -109,6 +109,7 @@ NAMES = {
     "TransactionStatus",
     "TwoPhaseTransaction",
     "WriteBehind",
+    "environment_options",
     "open_coordinator",
     "open_etcd",
 }

@@ -29,10 +29,16 @@ KEY = KeyRange.one(b"k")
 DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
 
 
+class RenewingChannel(ScriptedChannel):
+    """A channel whose next stream has a new token."""
+
+    renews_access = True
+
+
 @asynccontextmanager
-async def opened(endpoints=1):
+async def opened(endpoints=1, *, channel=ScriptedChannel):
     """A backend over scripted channels, which come with it."""
-    channels = [ScriptedChannel() for _ in range(endpoints)]
+    channels = [channel() for _ in range(endpoints)]
     holder = Endpoints([Endpoint("h", n) for n in range(endpoints)], lambda endpoint: channels[endpoint.port])
     async with trio.open_nursery() as nursery:
         yield RpcBackend(holder, nursery, call_timeout=5.0, draw=lambda: 0.5), *channels
@@ -209,10 +215,11 @@ async def test_fragments_are_asked_for(autojump_clock):
 
 
 async def test_requested_progress_is_ignored_and_periodic_progress_moves_the_cursor(autojump_clock):
-    """Progress under id -1 moves nothing; a watch's own does, and is delivered."""
+    """Progress under id -1 moves nothing; a watch's own does, and is delivered, once the next one came."""
     async with opened() as (backend, channel), watching(backend, channel) as (watch, stream, id_):
         stream.answer(-1, revision=1000)
         stream.answer(id_, revision=20)
+        stream.answer(id_, revision=30)
         assert await watch.receive() == WatchBatch(20)
         stream.break_off()
         request = await (await channel.next_stream()).next_request()
@@ -391,7 +398,7 @@ async def test_unread_progress_fills_a_buffer_too(monkeypatch, autojump_clock):
     """A batch without events takes room as well."""
     monkeypatch.setattr(watch_buffer, "MAX_EVENTS", 3)
     async with opened() as (backend, channel), watching(backend, channel) as (watch, stream, id_):
-        for revision in range(2, 5):
+        for revision in range(2, 6):
             stream.answer(id_, revision=revision)
         assert (await stream.next_request()).watch_id == id_
         assert [await watch.receive() for _ in range(3)] == [WatchBatch(revision) for revision in range(2, 5)]
@@ -544,3 +551,55 @@ async def test_watch_that_a_server_would_misunderstand_is_refused(range_, option
         with pytest.raises(ValueError, match="watch"):
             backend.watch(range_, **options)
         assert not channel.calls
+
+
+@pytest.mark.parametrize("believed", [False, True])
+async def test_denial_is_believed_from_a_new_stream_only(believed, autojump_clock):
+    """Where a new stream has a new token, a denied watch is created once more there, and others lose nothing."""
+    async with (
+        opened(channel=RenewingChannel) as (backend, channel),
+        watching(backend, channel) as (healthy, stream, healthy_id),
+        trio.open_nursery() as nursery,
+    ):
+        outcomes = []
+
+        async def enter():
+            try:
+                async with backend.watch(KEY):
+                    outcomes.append("entered")
+            except AccessDeniedError as error:
+                outcomes.append(error)
+
+        nursery.start_soon(enter)
+        request = await stream.next_request()
+        stream.put(healthy_id, 5)
+        stream.answer(request.watch_id, created=True, canceled=True, cancel_reason=DENIED)
+        renewed = await channel.next_stream()
+        requests = [await renewed.next_request() for _ in range(2)]
+        starts = {request.start_revision: request.watch_id for request in requests}
+        assert {6, 0} == set(starts)
+        for request in requests:
+            denied = believed and request.start_revision == 0
+            fields = {"canceled": True, "cancel_reason": DENIED} if denied else {}
+            renewed.answer(request.watch_id, revision=5, created=True, **fields)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [AccessDeniedError if believed else str] == [type(outcome) for outcome in outcomes]
+        renewed.put(starts[6], 6)
+        assert [5, 6] == [revision for _ in range(3) for revision in revisions(await healthy.receive())]
+
+
+async def test_wrong_password_fails_every_watch(autojump_clock):
+    """When a stream is refused for who we are, nobody waits for a watch for ever."""
+    wrong = ChannelError(
+        StatusCode.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password"
+    )
+    async with opened() as (backend, channel):
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def _():
+                with pytest.raises(AccessDeniedError, match="invalid user ID"):
+                    async with backend.watch(KEY):
+                        pass
+
+            (await channel.next_stream()).break_off(wrong.code, wrong.details)
