@@ -56,7 +56,8 @@ def open_etcd(  # noqa: PLR0913 - all but the first are named
         endpoints: "http://host:port" or "https://host:port", or several, as a list or separated by commas; all
             of one kind. A bare "host" or "host:port" means http, with `tls` https; the port is 2379 if it is
             left out. IPv6 addresses stand in brackets.
-        transport: "http2", on Trio itself, without threads; or "grpcio", by the package of that name.
+        transport: "http2", on Trio itself, without threads; "grpcio", by that package; or "gateway",
+            etcd's JSON over HTTP/1.1, for networks where gRPC does not pass.
         tls: Certificates; None: https trusts the system's. Read again for each new connection.
         username: Who we are, if etcd asks for it.
         password: Its proof; a token is got for it when it is needed.
@@ -178,8 +179,19 @@ def _http2(dial_timeout: float, tls: TlsConfig | None) -> _Connect:
     )
 
 
+def _gateway(dial_timeout: float, tls: TlsConfig | None) -> _Connect:
+    from etcd_infra._backends.gateway import GatewayChannel
+
+    def connect(endpoint: Endpoint, background: Background) -> Channel:
+        make = partial(GatewayChannel, endpoint, dial_timeout=dial_timeout, tls=tls)
+        # Its connections are kept and used again.
+        return make() if tls is None else RotatedChannel(make, tls.stamp, background)
+
+    return connect
+
+
 _Connect: TypeAlias = "Callable[[Endpoint, Background], Channel]"
-_TRANSPORTS: Final = {"http2": _http2, "grpcio": _grpcio}
+_TRANSPORTS: Final = {"http2": _http2, "grpcio": _grpcio, "gateway": _gateway}
 
 
 @asynccontextmanager

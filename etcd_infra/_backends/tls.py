@@ -12,7 +12,7 @@ import trio
 if TYPE_CHECKING:
     from os import stat_result
 
-_PROTOCOLS: Final = ["h2"]
+_HTTP2: Final = "h2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,12 @@ class TlsConfig:
         """
         return tuple(_identity(Path(name).stat()) for name in self.files)
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, protocol: str = _HTTP2) -> ssl.SSLContext:
         """
         Read the files.
+
+        Args:
+            protocol: What to speak over TLS, by its name in ALPN.
 
         Raises:
             OSError: one can not be read, or does not hold what it should (`ssl.SSLError`).
@@ -64,7 +67,7 @@ class TlsConfig:
         if self.cert is not None:
             # Without a password, so that nobody is asked for one on the terminal.
             context.load_cert_chain(self.cert, self.key, password="")
-        context.set_alpn_protocols(_PROTOCOLS)
+        context.set_alpn_protocols([protocol])
         return context
 
 
@@ -81,9 +84,11 @@ def check_readable(tls: TlsConfig) -> None:
         raise ValueError(f"the files of {tls} can not be used: {error}") from error
 
 
-async def secured(transport: trio.abc.Stream, tls: TlsConfig, host: str) -> trio.abc.Stream:
+async def secured(
+    transport: trio.abc.Stream, tls: TlsConfig, host: str, protocol: str = _HTTP2
+) -> trio.abc.Stream:
     """
-    Secure a connection, and agree on HTTP/2; close it if that fails.
+    Secure a connection, and agree on what to speak; close it if that fails.
 
     Raises:
         OSError, trio.BrokenResourceError: the files, the server's certificate or the server are no good.
@@ -93,19 +98,20 @@ async def secured(transport: trio.abc.Stream, tls: TlsConfig, host: str) -> trio
     """
     try:
         stream = trio.SSLStream(
-            transport, tls.context(), server_hostname=tls.server_name or host, https_compatible=True
+            transport, tls.context(protocol), server_hostname=tls.server_name or host, https_compatible=True
         )
         await stream.do_handshake()
-        _check_protocol(stream)
+        _check_protocol(stream, protocol)
     except BaseException:
         await trio.aclose_forcefully(transport)
         raise
     return stream
 
 
-def _check_protocol(stream: trio.SSLStream[trio.abc.Stream]) -> None:
-    if stream.selected_alpn_protocol() not in _PROTOCOLS:
-        raise ssl.SSLError("the server does not speak HTTP/2 over TLS")
+def _check_protocol(stream: trio.SSLStream[trio.abc.Stream], protocol: str) -> None:
+    agreed = stream.selected_alpn_protocol()
+    if agreed != protocol and (agreed is not None or protocol == _HTTP2):
+        raise ssl.SSLError(f"the server does not speak {protocol} over TLS")
 
 
 def _identity(found: stat_result) -> tuple[int, ...]:

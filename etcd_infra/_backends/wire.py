@@ -76,8 +76,7 @@ def encode_compact(revision: int) -> bytes:
 
 def encode_authenticate(username: str, password: str) -> bytes:
     """Encode an AuthenticateRequest."""
-    fields = {"name": username.encode(), "password": password.encode()}
-    return MESSAGES["AuthenticateRequest"](**fields).SerializeToString()
+    return _message("AuthenticateRequest", name=username, password=password).SerializeToString()
 
 
 def encode_lease_grant(ttl: int, lease: int) -> bytes:
@@ -117,7 +116,7 @@ def encode_watch_cancel(watch_id: int) -> bytes:
     return _message("WatchRequest", cancel_request=cancel).SerializeToString()
 
 
-def _message(name: str, **fields: Any) -> Any:
+def _message(name: str, /, **fields: Any) -> Any:
     return MESSAGES[name](**_fields(**fields))
 
 
@@ -220,7 +219,7 @@ def decode_revision(name: str, answer: bytes) -> int:
 
 def decode_authenticate(answer: bytes) -> str:
     """Decode an AuthenticateResponse: the token."""
-    return str(_parsed("AuthenticateResponse", answer).token.decode())
+    return str(_parsed("AuthenticateResponse", answer).token)
 
 
 def decode_lease_grant(answer: bytes) -> LeaseGrant:

@@ -76,9 +76,9 @@ CompactionResponse
      1 ResponseHeader header
 
 AuthenticateRequest
-     1 bytes name              2 bytes password
+     1 string name             2 string password
 AuthenticateResponse
-     1 ResponseHeader header   2 bytes token
+     1 ResponseHeader header   2 string token
 
 WatchRequest
      1 WatchCreateRequest create_request=request

@@ -47,10 +47,11 @@ def run_jumping(fn, *, clock, instruments):
 
 
 def real_targets() -> list[object]:
-    """List the programs at hand, each by both roads, as parameters of the fixture `target`."""
+    """List the programs at hand, each by every road, as parameters of the fixture `target`."""
     binaries = _binaries()
     names = [Path(binary).name if len(binaries) == 1 else binary for binary in binaries]
-    roads = (("http2", [pytest.mark.real]), ("grpcio", [pytest.mark.real, pytest.mark.slow]))
+    seldom = [pytest.mark.real, pytest.mark.slow]
+    roads = (("http2", [pytest.mark.real]), ("grpcio", seldom), ("gateway", seldom))
     real = [
         pytest.param(Target(binary, road), id=f"{name}-{road}", marks=marks)
         for binary, name in zip(binaries, names, strict=True)

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.backend import Backend
 
 
-@pytest.fixture(params=["http2", pytest.param("grpcio", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=["http2", *(pytest.param(road, marks=pytest.mark.slow) for road in ("grpcio", "gateway"))]
+)
 def transport(request) -> str:
-    """Name the road to etcd: by default the default one, the other with the slow tests."""
+    """Name the road to etcd: by default the default one, the others with the slow tests."""
     return request.param
 
 
