@@ -40,13 +40,16 @@ def from_json(name: str, document: Any) -> bytes:
     Raises:
         ChannelError: it is something else.
     """
+    fields = cast("dict[str, Any]", document) if isinstance(document, dict) else None
     try:
-        if name == "WatchResponse":
-            _number_kinds(document)
-        message = ParseDict(document, MESSAGES[name](), ignore_unknown_fields=True)
-    except (ParseError, AttributeError, TypeError, KeyError) as error:
-        raise ChannelError(StatusCode.INTERNAL, f"the answer is no {name}: {_shown(document)}") from error
-    return message.SerializeToString()
+        if name == "WatchResponse" and fields:
+            _number_kinds(fields)
+        message = MESSAGES[name]()
+        if fields is not None:
+            return ParseDict(fields, message, ignore_unknown_fields=True).SerializeToString()
+    except (ParseError, AttributeError, TypeError, KeyError):
+        pass
+    raise ChannelError(StatusCode.INTERNAL, f"the answer is no {name}: {_shown(cast('object', document))}")
 
 
 def _number_kinds(answer: dict[str, Any]) -> None:

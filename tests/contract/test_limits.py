@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from etcd_infra._etcd.model import Compare, Range, Txn
 from etcd_infra.errors import InvalidRequestError, LeaseNotFoundError, StorageFullError
@@ -79,9 +80,18 @@ async def full_world(target: Target, world: World) -> AsyncIterator[World]:
         return
     async with over_network(target, "--quota-backend-bytes=16777216") as opened:
         await prepare(opened)
-        with pytest.raises(StorageFullError):
-            for n in range(40):
+
+        async def fill(n: int) -> None:
+            with suppress(StorageFullError):
                 await opened.put(f"fill-{n}", bytes(MIB))
+
+        # At once, so that the file is beyond the quota before anybody looks, and not just below.
+        async with trio.open_nursery() as nursery:
+            for n in range(24):
+                nursery.start_soon(fill, n)
+        with pytest.raises(StorageFullError):
+            for _ in range(24):
+                await opened.put("fill", bytes(MIB))
         yield opened
 
 

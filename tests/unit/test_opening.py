@@ -80,7 +80,6 @@ def test_endpoints_of_another_type_are_refused(given):
     ("options", "shown"),
     [
         ({"transport": "carrier-pigeon"}, "carrier-pigeon"),
-        ({"transport": "gateway"}, "gateway"),
         ({"tls": TlsConfig()}, "http://127.0.0.1:2379"),
         ({"password": "secret"}, "password"),
         ({"username": "root"}, "username"),
