@@ -226,6 +226,7 @@ class LockLike(ABC):
 
         Raises:
             ValueError: it is another resource's fence, or carries no proof.
+            TypeError: it is no `Fence`.
 
         Round trips:
             One.
@@ -235,6 +236,8 @@ class LockLike(ABC):
         return (await session.backend.txn(Txn(compare=fence.proof))).succeeded
 
     def _check_fence(self, fence: Fence) -> None:
+        if not isinstance(fence, Fence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a Fence is needed, such as a hold's `fence`, not {fence!r}")
         if fence.resource != self.name or not fence.proof:
             msg = f"this is no fence of {self.name!r}: {fence}"
             raise ValueError(msg)
@@ -261,6 +264,7 @@ class LockLike(ABC):
             FencedError: it is not current on entering; the body did not run.
             LockLostError: it stopped being current meanwhile, or can not be watched any more.
             ValueError: it is another resource's fence, or carries no proof.
+            TypeError: it is no `Fence`.
 
         Round trips:
             One.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from etcd_infra._backends.memory import MemoryEtcd
 from etcd_infra._backends.memory_bugs import ServerBug
 from etcd_infra.testing.check_backend import check_backend
@@ -31,11 +33,16 @@ from etcd_infra.testing.simulation.simulation import Settings, Simulation, Simul
 from etcd_infra.testing.violation import Violation
 from etcd_infra.testing.watch_oracle import Watched, check_watch
 
+if TYPE_CHECKING:
+    from etcd_infra.testing.container import EtcdContainer, EtcdContainerCluster
+
 __all__ = [
     "Claim",
     "CompareAndSwap",
     "Counters",
     "EtcdCluster",
+    "EtcdContainer",
+    "EtcdContainerCluster",
     "EtcdServer",
     "Fault",
     "FaultKind",
@@ -76,3 +83,12 @@ __all__ = [
     "simulate",
     "take_inventory",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # These need testcontainers, which not everybody has.
+    if name in {"EtcdContainer", "EtcdContainerCluster"}:
+        from etcd_infra.testing import container
+
+        return getattr(container, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -395,6 +395,16 @@ async def test_fenced_write_passes_only_while_held(etcd, infra, autojump_clock):
         assert not await write_fenced(etcd, hold.fence)
 
 
+@pytest.mark.parametrize("fence", [7, "7", None])
+async def test_what_is_no_fence_is_refused(infra, autojump_clock, fence):
+    """A token alone is no fence: it says nothing of whose it is, and proves nothing."""
+    with pytest.raises(TypeError, match=repr(fence)):
+        await infra.lock("job").validate(fence)
+    with pytest.raises(TypeError, match=repr(fence)):
+        async with infra.lock("job").fenced(fence):
+            pass
+
+
 async def test_fence_is_a_plain_value(infra, autojump_clock):
     """A fence survives pickling, and shows resource, token and epoch as JSON."""
     async with infra.lock("job") as hold:
