@@ -22,6 +22,10 @@ test *ARGS:
 contract *ARGS:
     {{python}} -m pytest tests/contract -m "slow or not slow" {{ARGS}}
 
+# Every etcd named in ETCD_INFRA_TEST_ETCDS by every road: the contract, the roads' own tests, the primitives; a table.
+matrix:
+    {{python}} -m tests.matrix
+
 # Everything on real servers, the slow tests included.
 integration *ARGS:
     {{python}} -m pytest tests/integration -m "slow or not slow" {{ARGS}}
@@ -49,6 +53,10 @@ bench-state *ARGS:
 # Elections and the kinds of locks beside etcd's own lock service and kazoo.
 bench-elections *ARGS:
     {{python}} benchmarks/elections.py {{ARGS}}
+
+# The roads to etcd beside other clients' own.
+bench-transports *ARGS:
+    {{python}} benchmarks/transports.py {{ARGS}}
 
 # The bugs of naive implementations, put into a copy of the tree: some test must fail with each of them.
 mutants *ARGS:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     import argparse
 
 HERE = Path(__file__).parent
-PEERS = {"aetcd": ["aetcd"], "etcetra": ["etcetra"], "tooz": ["tooz", "etcd3gw"], "kazoo": ["kazoo"]}
+PEERS = {
+    "aetcd": ["aetcd"],
+    "etcetra": ["etcetra"],
+    "tooz": ["tooz", "etcd3gw"],
+    "kazoo": ["kazoo"],
+    "etcd-client-py": ["etcd-client-py"],
+}
 OURS = "etcd-infra"
 
 

@@ -59,6 +59,8 @@ class _Route(NamedTuple):
 
 _ROUTES: Final = {
     "/etcdserverpb.KV/Range": _Route("kv/range", "RangeRequest", "RangeResponse"),
+    "/etcdserverpb.KV/Put": _Route("kv/put", "PutRequest", "PutResponse"),
+    "/etcdserverpb.KV/DeleteRange": _Route("kv/deleterange", "DeleteRangeRequest", "DeleteRangeResponse"),
     "/etcdserverpb.KV/Txn": _Route("kv/txn", "TxnRequest", "TxnResponse"),
     "/etcdserverpb.KV/Compact": _Route("kv/compaction", "CompactionRequest", "CompactionResponse"),
     "/etcdserverpb.Lease/LeaseGrant": _Route("lease/grant", "LeaseGrantRequest", "LeaseGrantResponse"),

@@ -69,6 +69,16 @@ def encode_txn(request: Txn) -> bytes:
     return MESSAGES["TxnRequest"](**_txn(request)).SerializeToString()
 
 
+def encode_put(request: Put) -> bytes:
+    """Encode a PutRequest."""
+    return MESSAGES["PutRequest"](**_put(request)).SerializeToString()
+
+
+def encode_delete_range(request: DeleteRange) -> bytes:
+    """Encode a DeleteRangeRequest."""
+    return MESSAGES["DeleteRangeRequest"](**_delete_range(request)).SerializeToString()
+
+
 def encode_compact(revision: int) -> bytes:
     """Encode a CompactionRequest."""
     return _message("CompactionRequest", revision=revision).SerializeToString()
@@ -212,6 +222,18 @@ def decode_txn(answer: bytes, request: Txn) -> TxnResult:
     return _txn_result(message, request, _revision(message))
 
 
+def decode_put(answer: bytes) -> TxnResult:
+    """Decode a PutResponse, as the answer to a Txn of nothing but the put."""
+    message = _parsed("PutResponse", answer)
+    return TxnResult(True, (_put_result(message),), _revision(message))
+
+
+def decode_delete_range(answer: bytes) -> TxnResult:
+    """Decode a DeleteRangeResponse, as the answer to a Txn of nothing but the deletion."""
+    message = _parsed("DeleteRangeResponse", answer)
+    return TxnResult(True, (_delete_range_result(message),), _revision(message))
+
+
 def decode_revision(name: str, answer: bytes) -> int:
     """Decode an answer of which only the header's revision is of interest."""
     return _revision(_parsed(name, answer))
@@ -329,17 +351,23 @@ def _txn_result(message: Any, request: Txn, revision: int) -> TxnResult:
     return TxnResult(message.succeeded, results, revision)
 
 
+def _put_result(message: Any) -> PutResult:
+    return PutResult(_kv(message.prev_kv) if message.HasField("prev_kv") else None)
+
+
+def _delete_range_result(message: Any) -> DeleteRangeResult:
+    return DeleteRangeResult(message.deleted, tuple(_kv(kv) for kv in message.prev_kvs))
+
+
 def _op_result(message: Any, op: Op) -> OpResult:
     kind = message.WhichOneof("response")
     match op, kind:
         case Put(), "response_put":
-            put = message.response_put
-            return PutResult(_kv(put.prev_kv) if put.HasField("prev_kv") else None)
+            return _put_result(message.response_put)
         case Range(), "response_range":
             return _range_result(message.response_range, 0)
         case DeleteRange(), "response_delete_range":
-            deleted = message.response_delete_range
-            return DeleteRangeResult(deleted.deleted, tuple(_kv(kv) for kv in deleted.prev_kvs))
+            return _delete_range_result(message.response_delete_range)
         case Txn(), "response_txn":
             return _txn_result(message.response_txn, op, 0)
         case _:

@@ -161,6 +161,7 @@ async def lets_txns_without_puts_pass(full: World) -> None:
 
 async def refuses_every_txn(full: World) -> None:
     """S-H1: earlier servers refuse every Txn once the file is larger than the quota, reads included."""
+    present = Compare.modified_at(full.key("a"), (await full.get("a")).mod_revision)
     for op in (full.deleting("a"), Range(full.all), Txn(success=(full.putting("nested"),))):
         with pytest.raises(StorageFullError):
-            await full.apply(op)
+            await full.backend.txn(Txn((present,), (op,)))

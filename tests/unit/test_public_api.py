@@ -128,6 +128,8 @@ def test_names_for_tests():
         "CompareAndSwap",
         "Counters",
         "EtcdCluster",
+        "EtcdContainer",
+        "EtcdContainerCluster",
         "EtcdServer",
         "Fault",
         "FaultKind",

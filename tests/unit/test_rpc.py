@@ -139,6 +139,28 @@ async def test_read_is_tried_once_and_is_never_unknown(
     assert [unary_calls(channel) for channel in channels] == [1, 0, 0]
 
 
+async def test_one_unconditional_operation_travels_as_itself(backend, channels, autojump_clock):
+    """A Txn of nothing but a put, or but a deletion, is sent as that; its answer looks like a Txn's."""
+    kv = {"key": b"k", "value": b"old", "mod_revision": 5, "create_revision": 5, "version": 1}
+    channels[0].answers += [
+        answer("PutResponse", prev_kv=kv),
+        answer("DeleteRangeResponse", deleted=1, prev_kvs=[kv]),
+        answer("TxnResponse", succeeded=True, responses=[{"response_put": {}}]),
+        answer("TxnResponse", succeeded=True, responses=[{"response_put": {}}]),
+    ]
+    put = await backend.txn(Txn(success=(Put(b"k", b"new", prev_kv=True),)))
+    delete = await backend.txn(Txn(success=(DeleteRange(KEY, prev_kv=True),)))
+    await backend.txn(Txn((Compare.absent(b"k"),), (Put(b"k", b"new"),)))
+    # etcd looks at the branch that is not taken, too.
+    await backend.txn(Txn((), (Put(b"k", b"new"),), (Put(b"j", b"new"),)))
+
+    methods = [method.rsplit("/", 1)[1] for method, *_ in channels[0].calls if not method.endswith("Watch")]
+    assert ["Put", "DeleteRange", "Txn", "Txn"] == methods
+    assert (True, 7, b"old") == (put.succeeded, put.revision, put.results[0].prev_kv.value)
+    assert (True, 7, 1) == (delete.succeeded, delete.revision, delete.results[0].deleted)
+    assert b"old" == delete.results[0].prev_kvs[0].value
+
+
 async def test_unknown_write_names_its_keys(backend, channels, autojump_clock):
     """An unknown Txn says which keys it may have written, those of both branches."""
     channels[0].answers += [LOST]
