@@ -78,7 +78,7 @@ async def full_world(target: Target, world: World) -> AsyncIterator[World]:
         world.store.full = True
         yield world
         return
-    async with over_network(target, "--quota-backend-bytes=16777216") as opened:
+    async with over_network(target, "--quota-backend-bytes=4194304") as opened:
         await prepare(opened)
 
         async def fill(n: int) -> None:
