@@ -88,9 +88,10 @@ class RpcBackend(Backend):
         check_txn_request(request)
         if request.is_read_only:
             return wire.decode_txn(await self._read(_TXN, wire.encode_txn(request)), request)
-        # etcd: the same written as a Txn costs the server a good deal more.
+        # etcd: the same written as a Txn costs the server a good deal more. (What keeps a value or a lease is
+        # checked in another order there.)
         match request:
-            case Txn(compare=(), success=(Put() as put,), failure=()):
+            case Txn(compare=(), success=(Put(ignore_value=False, ignore_lease=False) as put,), failure=()):
                 return await self._write(_PUT, wire.encode_put(put), wire.decode_put, request)
             case Txn(compare=(), success=(DeleteRange() as delete,), failure=()):
                 encoded = wire.encode_delete_range(delete)

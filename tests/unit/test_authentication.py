@@ -52,7 +52,7 @@ async def test_token_travels_with_each_call(autojump_clock):
         assert [("Authenticate", None), ("Range", "t1"), ("Range", "t1")] == sent(script)
         assert (("hasleader", "true"), ("token", "t1")) == script.calls[1][3]
         request = MESSAGES["AuthenticateRequest"].FromString(script.calls[0][1])
-        assert (b"alice", b"secret") == (request.name, request.password)
+        assert ("alice", "secret") == (request.name, request.password)
 
 
 @pytest.mark.parametrize(

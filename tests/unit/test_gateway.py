@@ -248,7 +248,7 @@ async def closing(connection, _):
 )
 async def test_answer_that_proves_nothing_leaves_a_write_unknown(script):
     """A write that was answered by anything but etcd's refusal or consent may have been applied."""
-    async with open_http(kv__txn=script) as server, open_etcd(server.endpoint, transport="gateway") as etcd:
+    async with open_http(kv__put=script) as server, open_etcd(server.endpoint, transport="gateway") as etcd:
         with pytest.raises(OutcomeUnknownError):
             await etcd.put(b"k", b"v")
 
@@ -266,7 +266,7 @@ async def test_answer_that_proves_nothing_leaves_a_write_unknown(script):
 )
 async def test_write_is_not_sent_before_the_api_is_found(version):
     """Whoever does not say which etcd it is has certainly got no request."""
-    async with open_http(kv__txn=hanging) as server:
+    async with open_http(kv__put=hanging) as server:
         server.scripts["/version"] = version
         async with open_etcd(server.endpoint, transport="gateway", dial_timeout=0.3) as etcd:
             with pytest.raises(UnavailableError):
