@@ -26,7 +26,7 @@ from etcd_infra._backends.status import StatusCode
 from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from etcd_infra._backends.tls import TlsConfig
 
@@ -34,6 +34,7 @@ grpc: Any = untyped_grpc
 """It comes without type information."""
 
 _CLOSE_SECONDS: Final = 2.0
+_LOOK_AGAIN_SECONDS: Final = 0.001
 _READ_AHEAD: Final = 64
 
 # etcd: its server refuses pings more often than every 5 s (GOAWAY "too_many_pings"). 10 s and 4 s find a dead
@@ -219,7 +220,11 @@ class _GrpcioStream(ByteStream):
     """
     One call in both directions: grpcio's thread sends, one thread of ours reads.
 
-    Invariant: `_ending` is set by the last thing that the reader thread posts.
+    Invariants: `_ending` is set by the last thing that the reader thread posts. `_ended` is set when both that
+    has been run and grpcio's thread for answers has done with the call.
+
+    A program that ends while one of these threads is about to take or to release the call's lock waits for that
+    lock for ever: so who leaves waits for all of them.
     """
 
     def __init__(self, multicallable: Any, metadata: Metadata, inbox: _Inbox) -> None:
@@ -232,7 +237,12 @@ class _GrpcioStream(ByteStream):
         self._ended = trio.Event()
         self._cancelled = False
         self._on_end: Callable[[], None] | None = None
-        self._call = multicallable(iter(self._outgoing.get, None), metadata=metadata)
+        self._sender: threading.Thread | None = None
+        self._call = multicallable(self._requests(), metadata=metadata)
+        self._in_use = 2
+        done = partial(inbox.post, self._release)
+        if not self._call.add_callback(done):
+            done()
         self._reader = threading.Thread(target=self._read, name="etcd-infra stream reader", daemon=True)
 
     def start(self, on_end: Callable[[], None]) -> None:
@@ -262,9 +272,16 @@ class _GrpcioStream(ByteStream):
         self._room.release()
 
     async def wait_ended(self) -> None:
-        """Wait until the reader thread has nothing more to do."""
+        """Wait until neither the reader thread nor grpcio's threads have anything more to do."""
         await self._ended.wait()
-        self._reader.join(_CLOSE_SECONDS)
+        # No event tells: these are not our threads, or tell before they end.
+        while self._sender is None or self._sender.is_alive() or self._reader.is_alive():  # noqa: ASYNC110
+            await trio.sleep(_LOOK_AGAIN_SECONDS)
+
+    def _requests(self) -> Iterator[bytes]:
+        # Runs in grpcio's thread for requests.
+        self._sender = threading.current_thread()
+        yield from iter(self._outgoing.get, None)
 
     def _read(self) -> None:
         try:
@@ -286,10 +303,15 @@ class _GrpcioStream(ByteStream):
     def _end(self, ending: ChannelError) -> None:
         self._outgoing.put(None)
         self._ending = ending
-        self._ended.set()
-        if self._on_end is not None:
-            self._on_end()
         self._notify()
+        self._release()
+
+    def _release(self) -> None:
+        self._in_use -= 1
+        if not self._in_use:
+            self._ended.set()
+            if self._on_end is not None:
+                self._on_end()
 
     def _notify(self) -> None:
         news, self._news = self._news, trio.Event()

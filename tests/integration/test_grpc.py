@@ -12,6 +12,8 @@ import warnings
 import pytest
 import trio
 
+from etcd_infra._backends import wire
+from etcd_infra._backends.grpcio_channel import GrpcioChannel
 from etcd_infra._etcd.model import (
     Compare,
     DeleteRange,
@@ -21,6 +23,7 @@ from etcd_infra._etcd.model import (
     Put,
     Range,
     Txn,
+    WatchRequest,
 )
 from etcd_infra.errors import (
     CompactedError,
@@ -160,6 +163,26 @@ async def test_nothing_is_left_after_the_block(server, open_etcd):
     await eventually(
         lambda: all(thread.name.startswith(idle) for thread in set(threading.enumerate()) - before), 2.0
     )
+
+
+@pytest.mark.slow
+async def test_stream_over_grpcio_ends_with_its_threads(server):
+    """
+    When a stream's block is left, no thread of the call is left, however much it still had to send.
+
+    A program that ends while such a thread is about to take the call's lock waits for that lock for ever.
+    """
+    create = wire.encode_watch_create(WatchRequest(KEY), 0)
+    channel = GrpcioChannel(server.endpoint.removeprefix("http://"), dial_timeout=2.0)
+    for _ in range(20):
+        before = set(threading.enumerate())
+        async with channel.stream("/etcdserverpb.Watch/Watch") as stream:
+            for _ in range(500):
+                stream.send(create)
+            await stream.receive()
+        # One more is the channel's own: it ends when the channel has no calls.
+        assert 1 >= len(set(threading.enumerate()) - before)
+    await channel.aclose()
 
 
 async def test_block_ends_soon_while_etcd_is_silent(server, open_etcd):
