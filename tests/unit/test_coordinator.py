@@ -36,7 +36,6 @@ def clean_environment(monkeypatch):
         (("memory://",), {"namespace": "x" * 600}, ValueError, "600"),
         (("memory://",), {"namespace": 7}, TypeError, "7"),
         (("http://127.0.0.1:1",), {"transport": "carrier pigeon"}, ValueError, "carrier pigeon"),
-        (("http://127.0.0.1:1",), {"transport": "gateway"}, ValueError, "gateway"),
         (("https://127.0.0.1:1,http://127.0.0.1:2",), {}, ValueError, "http://"),
         (("http://127.0.0.1:1",), {"password": "p"}, ValueError, "password"),
         (("http://127.0.0.1:1",), {"call_timeout": 0}, ValueError, "0"),
@@ -71,7 +70,7 @@ async def test_environment_names_everything(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("TRANSPORT", "gateway"),
+        ("TRANSPORT", "carrier-pigeon"),
         ("USERNAME", "root"),
         ("PASSWORD", "secret"),
         ("CACERT", "ca.pem"),
