@@ -1,9 +1,9 @@
 """
 User and password become a token that travels with each call, until etcd forgets it and a new one is got.
 
-House rules. One request for a token at a time, whoever waits for it: checking a password is slow on the
-server. The backend owns that request, not the task that noticed, so that a cancelled caller fails nobody
-else. Neither password nor token is ever shown.
+House rules. One request for a token at a time to each member, whoever waits for it: checking a password is slow
+on the server, and a member that hangs must hold up its own callers only. The backend owns that request, not the
+task that noticed, so that a cancelled caller fails nobody else. Neither password nor token is ever shown.
 
 Source: etcd `server/etcdserver/api/v3rpc/interceptor.go`, `client/v3/retry_interceptor.go`.
 """
@@ -18,6 +18,7 @@ import trio
 from etcd_infra._backends import wire
 from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Metadata
 from etcd_infra._backends.status import StatusCode, refusal
+from etcd_infra.errors import InvalidAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -49,7 +50,7 @@ class Tokens:
         self._time_limit = time_limit
         self._token: str | None = None
         self._known_since: float | None = None
-        self._fetch: _Fetch | None = None
+        self._fetches: dict[Channel, _Fetch] = {}
 
     async def get(self, channel: Channel, *, fresh: bool = False) -> str | None:
         """
@@ -65,13 +66,14 @@ class Tokens:
         Cancellation:
             Others get the token all the same.
         """
-        if self._known_since is not None:
-            if not fresh or trio.current_time() < self._known_since + _FRESH_SECONDS:
-                return self._token
-            self._known_since = None
-        fetch = self._fetch
+        # While a fresh one is fetched for somebody, the old one is still good for all others.
+        if self._known_since is not None and (
+            not fresh or trio.current_time() < self._known_since + _FRESH_SECONDS
+        ):
+            return self._token
+        fetch = self._fetches.get(channel)
         if fetch is None:
-            fetch = self._fetch = _Fetch()
+            fetch = self._fetches[channel] = _Fetch()
             self._background.start_soon(self._run, fetch, channel)
         await fetch.done.wait()
         if fetch.error is not None:
@@ -85,17 +87,21 @@ class Tokens:
 
     async def _run(self, fetch: _Fetch, channel: Channel) -> None:
         try:
-            answer = await channel.unary(_AUTHENTICATE, self._request, time_limit=self._time_limit)
+            answer = await channel.unary(
+                _AUTHENTICATE, self._request, time_limit=self._time_limit, metadata=wire.HAS_LEADER
+            )
             fetch.token, fetch.error = wire.decode_authenticate(answer), None
         except ChannelError as error:
             if error.details == _NOT_ENABLED:
                 fetch.token, fetch.error = None, None
             else:
                 fetch.error = _Failure(error.code, error.details)
+        except InvalidAnswerError:
+            fetch.error = _Failure(StatusCode.INTERNAL, "the answer to user and password makes no sense")
         finally:
             if fetch.error is None:
                 self._token, self._known_since = fetch.token, trio.current_time()
-            self._fetch = None
+            del self._fetches[channel]
             fetch.done.set()
 
 
@@ -141,15 +147,14 @@ class TokenChannel(Channel):
         deadline = trio.current_time() + time_limit
         token = await self._token_by(deadline)
         try:
-            return await self._channel.unary(
-                method, request, time_limit=time_limit, metadata=_with(token, metadata)
-            )
+            left = _left(deadline, time_limit)
+            return await self._channel.unary(method, request, time_limit=left, metadata=_with(token, metadata))
         except ChannelError as error:
             if not _is_about_token(error):
                 raise
         self._tokens.reject(token)
         token = await self._token_by(deadline)
-        left = max(_LEAST_SECONDS, round(deadline - trio.current_time(), 1))
+        left = _left(deadline, time_limit)
         return await self._channel.unary(method, request, time_limit=left, metadata=_with(token, metadata))
 
     @asynccontextmanager
@@ -168,6 +173,12 @@ class TokenChannel(Channel):
         with trio.CancelScope(deadline=deadline):
             return await self._tokens.get(self._channel)
         raise ChannelError(StatusCode.DEADLINE_EXCEEDED, "no token in time", never_sent=True)
+
+
+def _left(deadline: float, time_limit: float) -> float:
+    # In tenths, so that few different values are ever sent: their headers are remembered.
+    left = deadline - trio.current_time()
+    return time_limit if left > time_limit - _LEAST_SECONDS else max(_LEAST_SECONDS, round(left, 1))
 
 
 def _with(token: str | None, metadata: Metadata) -> Metadata:

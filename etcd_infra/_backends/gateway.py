@@ -3,7 +3,8 @@ A channel over etcd's HTTP gateway: gRPC's calls as JSON over HTTP/1.1, for netw
 
 Unary calls go through etcd3gw's client, which blocks: each in a thread of Trio's, at most 32 at a time, and
 renewals of leases beside those, so that a slow member never keeps a lease from being renewed. A call that is
-cancelled has its connection shut down, so that its thread ends with it. Watches need no thread: etcd3gw takes
+cancelled has its connection shut down, so that its thread ends with it (while a name is looked up or a
+connection is made: with that, within the dial timeout of each address). Watches need no thread: etcd3gw takes
 any piece of a watch's answer for a whole document, so they are read here, each from a connection of its own.
 
 House rules. `etcd3gw` is imported here and nowhere else, once this road is taken. Threads touch a `Call` and
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import requests as untyped_requests
 import trio
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from etcd_infra._backends.endpoints import Endpoint
     from etcd_infra._backends.tls import TlsConfig
 
+T = TypeVar("T")
+
 requests: Any = untyped_requests
 """It comes without type information."""
 
 _CALLS: Final = 32
 _RENEWALS: Final = 8
+_LONGEST_SECONDS: Final = 86_400.0
 _WATCH: Final = "/etcdserverpb.Watch/Watch"
 _KEEP_ALIVE: Final = "/etcdserverpb.Lease/LeaseKeepAlive"
 
@@ -117,17 +121,17 @@ class GatewayChannel(Channel):
         """Implement `Channel.unary`."""
         self._check_usable()
         route = _ROUTES[method]
-        body = to_json(route.request, request)
         headers = _headers(metadata) | {"Grpc-Timeout": timeout_text(time_limit)}
 
-        def post(call: Call) -> object:
+        def post(call: Call) -> bytes:
             self._discover(call)
             client = self._client(time_limit)
-            return client.post(client.get_url(route.path), data=body, headers=headers, allow_redirects=False)
+            url, body = client.get_url(route.path), to_json(route.request, request)
+            document = client.post(url, data=body, headers=headers, allow_redirects=False)
+            return from_json(route.answer, unwrapped(document) if route.in_stream else document)
 
         limiter = self._renewals if method == _KEEP_ALIVE else self._calls
-        document = await self._in_thread(post, time_limit, limiter)
-        return from_json(route.answer, unwrapped(document) if route.in_stream else document)
+        return await self._in_thread(post, time_limit, limiter)
 
     @asynccontextmanager
     async def stream(self, method: str, /, *, metadata: Metadata = ()) -> AsyncGenerator[ByteStream]:
@@ -161,8 +165,8 @@ class GatewayChannel(Channel):
     # ── in threads ──────────────────────────────────────────────────────────────────────────────
 
     async def _in_thread(
-        self, function: Callable[[Call], object], time_limit: float, limiter: trio.CapacityLimiter
-    ) -> object:
+        self, function: Callable[[Call], T], time_limit: float, limiter: trio.CapacityLimiter
+    ) -> T:
         call = Call()
         self._under_way.add(call)
         try:
@@ -179,7 +183,7 @@ class GatewayChannel(Channel):
         raise ChannelError(StatusCode.DEADLINE_EXCEEDED, "no answer in time", never_sent=not call.sent)
 
     def _client(self, time_limit: float) -> Etcd3Client:
-        timeout: Any = (self._dial_timeout, time_limit)
+        timeout: Any = (min(self._dial_timeout, _LONGEST_SECONDS), min(time_limit, _LONGEST_SECONDS))
         return Etcd3Client(
             self._host,
             self._port,
@@ -201,13 +205,13 @@ class GatewayChannel(Channel):
             call.asks = True
 
 
-def _run(function: Callable[[Call], object], call: Call) -> object:
+def _run(function: Callable[[Call], T], call: Call) -> T:
     take_part(call)
     try:
         return function(call)
     except Etcd3Exception as error:
         raise _failed(error, call) from error
-    except OSError as error:  # all that `requests` raises
+    except (OSError, ValueError) as error:  # all that `requests` raises, and urllib3 of names that are none
         raise _broken(error, call) from error
 
 

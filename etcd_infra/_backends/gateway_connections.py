@@ -56,7 +56,8 @@ class Call:
         with self._lock:
             self._broken_off = True
         connection = self._connection
-        # Race: an answer was read, and the connection is another call's already.
+        # Race: an answer was read, and the connection is another call's already. (If it becomes that after this
+        # look, the other call is broken off, too: it fails as if the network had broken.)
         if connection is None or connection.call is not self or connection.sock is None:
             return
         with suppress(OSError):

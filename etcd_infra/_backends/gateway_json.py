@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _KINDS: Final = {"PUT": 0, "DELETE": 1}
 _SHOWN: Final = 200
+_NO_JSON: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 
 def to_json(name: str, message: bytes) -> bytes:
@@ -47,9 +48,11 @@ def from_json(name: str, document: Any) -> bytes:
         message = MESSAGES[name]()
         if fields is not None:
             return ParseDict(fields, message, ignore_unknown_fields=True).SerializeToString()
-    except (ParseError, AttributeError, TypeError, KeyError):
+    except (ParseError, AttributeError, TypeError, KeyError, RecursionError):
         pass
-    raise ChannelError(StatusCode.INTERNAL, f"the answer is no {name}: {_shown(cast('object', document))}")
+    # What may hold a token is not shown.
+    shown = "" if name == "AuthenticateResponse" else f": {_shown(cast('object', document))}"
+    raise ChannelError(StatusCode.INTERNAL, f"the answer is no {name}{shown}")
 
 
 def _number_kinds(answer: dict[str, Any]) -> None:
@@ -84,7 +87,7 @@ def failure(text: str, otherwise: int, *, reason: str) -> ChannelError:
     """
     try:
         fields = msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.MsgspecError:
+    except _NO_JSON:
         fields = {}
     found = _etcds_own(fields)
     return found or ChannelError(otherwise, f"HTTP status {reason!r} and not etcd's answer: {text[:_SHOWN]}")
@@ -137,7 +140,7 @@ class Documents:
 def _parsed(line: bytes) -> object:
     try:
         return msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except _NO_JSON as error:
         raise ChannelError(StatusCode.INTERNAL, f"a line of {len(line)} bytes that is no JSON") from error
 
 

@@ -66,15 +66,16 @@ class Caller:
         Raises:
             ChannelError: nobody is there, or the answer is no HTTP.
         """
+        sent = {"Host": str(self._endpoint), "Content-Length": str(len(body))} | headers
         try:
+            request = h11.Request(method=method, target=path, headers=list(sent.items()))
             transport = await self._connected()
-        except (OSError, UnicodeError, trio.BrokenResourceError) as error:
+        except (OSError, UnicodeError, h11.LocalProtocolError, trio.BrokenResourceError) as error:
             details = f"no connection to {self._endpoint}: {error}"
             raise ChannelError(StatusCode.UNAVAILABLE, details, never_sent=True) from error
         async with transport:
             answer = Answer(transport)
-            sent = {"Host": str(self._endpoint), "Content-Length": str(len(body))} | headers
-            await answer.begin(h11.Request(method=method, target=path, headers=list(sent.items())), body)
+            await answer.begin(request, body)
             yield answer
 
     async def _connected(self) -> trio.abc.Stream:
@@ -146,6 +147,7 @@ def _broken(error: Exception) -> ChannelError:
 
 @dataclass(eq=False)
 class _Watch:
+    id: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     early: list[bytes | ChannelError] = field(default_factory=list)
     has_begun: bool = False
@@ -174,7 +176,8 @@ class GatewayWatchStream(ByteStream):
         """Implement `ByteStream.send`."""
         request: Any = MESSAGES["WatchRequest"].FromString(message)
         if request.HasField("create_request"):
-            watch = self._watches[request.create_request.watch_id] = _Watch()
+            watch_id = request.create_request.watch_id
+            watch = self._watches[watch_id] = _Watch(watch_id)
             self._to_begin.append(watch)
             self._background.start_soon(self._serve, watch, to_json("WatchRequest", message))
         elif watch := self._watches.pop(request.cancel_request.watch_id, None):
@@ -213,6 +216,8 @@ class GatewayWatchStream(ByteStream):
                 await self._read(watch, body)
             except ChannelError as error:
                 self._pass_on(watch, error)
+            finally:
+                self._watches.pop(watch.id, None)
 
     async def _read(self, watch: _Watch, body: bytes) -> None:
         documents = Documents()
@@ -221,7 +226,11 @@ class GatewayWatchStream(ByteStream):
                 raise failure(await answer.text(), StatusCode.UNAVAILABLE, reason=answer.reason)
             while (piece := await answer.piece()) is not None:
                 for document in documents.feed(piece):
-                    self._pass_on(watch, from_json("WatchResponse", unwrapped(document)))
+                    result: Any = unwrapped(document)
+                    self._pass_on(watch, from_json("WatchResponse", result))
+                    if result.get("created") and result.get("canceled"):
+                        return  # refused: nobody will cancel it
+                    await trio.lowlevel.checkpoint()
             for document in documents.finish():
                 self._pass_on(watch, from_json("WatchResponse", unwrapped(document)))
         raise ChannelError(StatusCode.OK, "the server ended the watch")

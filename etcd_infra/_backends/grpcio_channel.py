@@ -323,6 +323,7 @@ def _ignoring_argument(action: Callable[[], None], _: object) -> None:
 
 
 def _credentials(tls: TlsConfig) -> Any:
+    tls.context()  # grpcio takes what does not fit together without a word, and never gets a connection
     files = [None if name is None else Path(name).read_bytes() for name in (tls.ca, tls.key, tls.cert)]
     return grpc.ssl_channel_credentials(*files)
 

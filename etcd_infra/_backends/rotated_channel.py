@@ -76,6 +76,8 @@ class RotatedChannel(Channel):
                 if old is not None:
                     self._retire(old)
         except OSError as error:
+            if self._newest is not None:
+                return self._newest  # a rotation is under way: its other files are still to come
             details = f"the certificates can not be read: {error}"
             raise ChannelError(StatusCode.UNAVAILABLE, details, never_sent=True) from error
         return self._newest

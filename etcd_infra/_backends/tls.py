@@ -21,7 +21,7 @@ class TlsConfig:
     Files for TLS, in PEM; read again for each new connection, so that they may be replaced at any time.
 
     Attributes:
-        ca: Certificates to trust; None: the system's.
+        ca: Certificates to trust; None: the system's (over grpcio: those that come with the package).
         cert: Our own certificate, for mutual TLS.
         key: Its private key, not encrypted.
         server_name: What the server's certificate must name; None: the endpoint's host.

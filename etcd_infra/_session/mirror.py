@@ -177,8 +177,8 @@ class _Follower:
             async for batch in stream:
                 if batch.created:
                     continue  # its revision is the store's: what happened up to it comes after it
-                if events := tuple(event for event in batch.events if event.revision > self._told):
-                    await self._send.send(Changes(events))
+                if batch.events:
+                    await self._send.send(Changes(batch.events))
                 self._told = max(self._told, batch.revision)
 
     async def _read(self) -> Snapshot:

@@ -109,12 +109,4 @@ ELECTIONS = (
         "        self._cancel_body()\n",
         "unit/test_election.py::test_leader_that_listens_yields_in_its_own_time",
     ),
-    Mutant(
-        "notification-hides-events",
-        "What a progress notification has overtaken is taken for told.",
-        "_backends/watch_cursor.py",
-        "        believed, self._notified = self._notified, revision\n",
-        "        believed = revision\n",
-        "unit/test_mirror.py::test_notification_that_overtakes_events_hides_none",
-    ),
 )

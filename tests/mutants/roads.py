@@ -74,7 +74,7 @@ ROADS = (
         "Each caller without a token asks for one.",
         "_backends/authentication.py",
         "        if fetch is None:\n",
-        "        if True:\n",
+        "        if fetch is None or True:\n",
         "unit/test_authentication.py::test_many_callers_cause_one_request",
     ),
     Mutant(
@@ -116,5 +116,29 @@ ROADS = (
         "        believed, self._notified = self._notified, revision\n",
         "        believed = self._notified = revision\n",
         "unit/test_mirror.py::test_break_after_an_early_notification_loses_nothing",
+    ),
+    Mutant(
+        "fresh-token-takes-the-old-one-away",
+        "While a stream waits for a fresh token, the one that there is counts no more.",
+        "_backends/authentication.py",
+        "        fetch = self._fetches.get(channel)\n",
+        "        self._known_since = None\n        fetch = self._fetches.get(channel)\n",
+        "unit/test_authentication.py::test_fetching_a_fresh_token_holds_up_nobody_else",
+    ),
+    Mutant(
+        "refused-watch-keeps-its-connection",
+        "A watch that the gateway refused stays connected for ever.",
+        "_backends/gateway_watch.py",
+        '                    if result.get("created") and result.get("canceled"):\n',
+        "                    if False:\n",
+        "unit/test_gateway.py::test_refused_creation_hangs_up",
+    ),
+    Mutant(
+        "half-a-rotation-is-an-outage",
+        "While certificates are being replaced, calls fail although a connection is there.",
+        "_backends/rotated_channel.py",
+        "            if self._newest is not None:\n",
+        "            if False:\n",
+        "unit/test_rotated_channel.py::test_half_a_rotation_disturbs_nobody",
     ),
 )

@@ -176,6 +176,63 @@ async def test_stream_begins_with_a_fresh_token(autojump_clock):
         assert ["t1", "t1", "t2"] == streams
 
 
+async def test_fetching_a_fresh_token_holds_up_nobody_else(autojump_clock):
+    """While a stream waits for a fresh token on a member that hangs, calls elsewhere go on with the one there is."""
+    hanging, well = ScriptedChannel(), ScriptedChannel()
+    hanging.answers.extend([5.0, ChannelError(StatusCode.DEADLINE_EXCEEDED, "no answer")])
+    well.answers.extend([token(b"t1"), *[b"done"] * 5])
+    async with open_background() as background, trio.open_nursery() as nursery:
+        tokens = Tokens("alice", "secret", background, time_limit=5.0)
+        channel = TokenChannel(well, tokens)
+        await channel.unary("/KV/Txn", b"x", time_limit=0.8)
+        await trio.sleep(60)
+
+        async def open_stream():
+            with pytest.raises(ChannelError):
+                async with TokenChannel(hanging, tokens).stream("/Watch/Watch"):
+                    pass
+
+        nursery.start_soon(open_stream)
+        await trio.sleep(0.1)
+        for _ in range(4):
+            assert b"done" == await channel.unary("/KV/Txn", b"x", time_limit=0.8)
+    assert [("Authenticate", None), *[("Txn", "t1")] * 5] == sent(well)
+
+
+async def test_member_that_hangs_holds_up_its_own_callers_only(autojump_clock):
+    """Whoever needs a token gets it from the member that it calls."""
+    hanging, well = ScriptedChannel(), ScriptedChannel()
+    hanging.answers.extend([5.0, ChannelError(StatusCode.DEADLINE_EXCEEDED, "no answer")])
+    well.answers.extend([token(b"t1"), b"done"])
+    async with open_background() as background, trio.open_nursery() as nursery:
+        tokens = Tokens("alice", "secret", background, time_limit=5.0)
+
+        async def call_in_vain():
+            with pytest.raises(ChannelError):
+                await TokenChannel(hanging, tokens).unary("/KV/Txn", b"x", time_limit=0.8)
+
+        nursery.start_soon(call_in_vain)
+        await trio.sleep(0.1)
+        assert b"done" == await TokenChannel(well, tokens).unary("/KV/Txn", b"x", time_limit=0.8)
+
+
+async def test_answer_that_makes_no_sense_is_no_token(autojump_clock):
+    """Rubbish instead of a token fails the call, which was not sent, and nothing else; nothing of it is shown."""
+    async with authenticated(b"\xff\xff secret", token(b"t1"), b"done") as (channel, _):
+        with pytest.raises(ChannelError, match="makes no sense") as caught:
+            await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+        assert caught.value.never_sent
+        assert "secret" not in str(caught.value)
+        assert b"done" == await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+
+
+async def test_token_is_asked_for_where_there_is_a_leader(autojump_clock):
+    """A member without a leader says so at once, as for any other write."""
+    async with authenticated(token(b"t1"), b"done") as (channel, script):
+        await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+        assert (("hasleader", "true"),) == script.calls[0][3]
+
+
 async def test_closing_does_not_leave_anybody_waiting(autojump_clock):
     """Whoever waits for a token when the backend is closed learns that it was not sent."""
     caught = []

@@ -164,6 +164,29 @@ async def test_cancel_hangs_up_and_the_others_go_on():
                 await trio.sleep(0.01)
 
 
+async def test_refused_creation_hangs_up():
+    """Nobody cancels what was refused, so its connection is ended here; the stream and its other watches go on."""
+
+    async def script(connection, body):
+        watch_id = int(json.loads(body)["create_request"]["watch_id"])
+        answer = {**HEADER, "watch_id": "-1", "created": True, "canceled": True, "cancel_reason": "no"}
+        told = created(watch_id) if watch_id == 1 else json.dumps({"result": answer}).encode() + b"\n"
+        await chunked(told, hang=True)(connection, body)
+
+    async with open_http(watch=script) as server, channel_to(server) as channel:
+        async with channel.stream(WATCH) as stream:
+            for watch_id in (1, 2, 3):
+                stream.send(create(watch_id))
+            answers = [wire.decode_watch(await stream.receive())[1] for _ in range(3)]
+            assert [False, True, True] == [answer.canceled for answer in answers]
+            with trio.fail_after(2):
+                while server.hung_up < 2:
+                    await trio.sleep(0.01)
+            with trio.move_on_after(0.2) as scope:
+                await stream.receive()
+            assert scope.cancelled_caught
+
+
 async def test_member_that_hangs_is_noticed_by_a_question(monkeypatch):
     """A member that accepts connections and answers nothing any more ends the stream, if there are watches."""
     monkeypatch.setattr(gateway_watch, "_PING_SECONDS", 0.1)
@@ -272,6 +295,19 @@ async def test_write_is_not_sent_before_the_api_is_found(version):
             with pytest.raises(UnavailableError):
                 await etcd.put(b"k", b"v")
     assert {"/version"} == {path for _, path, _, _ in server.requests}
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "zwölf.invalid"])
+async def test_name_that_is_none_is_unavailable(host):
+    """What can not be a host's name has got no request, and no watch; nothing foreign is raised."""
+    channel = GatewayChannel(Endpoint(host, 2379), dial_timeout=float("inf"), tls=None)
+    with pytest.raises(ChannelError) as caught:
+        await call(channel)
+    assert caught.value.never_sent
+    with pytest.raises(ChannelError):
+        async with gateway_watch.Caller(Endpoint(host, 2379), dial_timeout=1.0, tls=None).ask("GET", "/", {}):
+            pass
+    await channel.aclose()
 
 
 async def test_nothing_is_taken_from_the_environment(monkeypatch, tmp_path):

@@ -216,6 +216,21 @@ def test_garbage_gives_documents_or_a_channel_error(pieces):
         read(pieces)
 
 
+@pytest.mark.parametrize("line", [b'{"x": "\xff"}', b"[" * 100_000, b"{", b"nan"])
+def test_what_is_no_json_is_refused(line):
+    """Text that is no UTF-8, and nesting without end, are the documented error like any other rubbish."""
+    with pytest.raises(ChannelError, match="no JSON"):
+        read([line + b"\n"])
+    assert StatusCode.UNAVAILABLE == failure(line.decode("latin-1"), StatusCode.UNAVAILABLE, reason="x").code
+
+
+def test_answer_with_a_token_is_not_shown():
+    """An answer to user and password that does not decode is not part of the error."""
+    with pytest.raises(ChannelError) as caught:
+        from_json("AuthenticateResponse", {"token": "secret", "header": 5})
+    assert "secret" not in str(caught.value)
+
+
 def test_long_lines_in_small_pieces_take_no_quadratic_time():
     """A document of 8 MB in pieces of 700 bytes is searched once for its end."""
     line = json.dumps({"result": "x" * 8_000_000}).encode() + b"\n"

@@ -81,9 +81,8 @@ async def test_idle_channel_is_closed_at_once(autojump_clock):
 
 @pytest.mark.parametrize(("content", "shown"), [(None, "gone.pem"), ("rubbish", "rubbish.pem")])
 async def test_unreadable_files_are_no_connection(content, shown, autojump_clock):
-    """A call that finds no files was never sent; once they are back all is well."""
+    """A first call that finds no files was never sent; once they are there all is well."""
     async with rotated() as (channel, files):
-        await call(channel)
         files.content = content
         with pytest.raises(ChannelError, match=shown) as caught:
             await call(channel)
@@ -91,3 +90,15 @@ async def test_unreadable_files_are_no_connection(content, shown, autojump_clock
         files.content = "first"
         assert b"first" == await call(channel)
         assert 1 == len(files.made)
+
+
+@pytest.mark.parametrize("content", [None, "rubbish"])
+async def test_half_a_rotation_disturbs_nobody(content, autojump_clock):
+    """While one file is new and the other still old, or missing, calls go on as before; then the new ones count."""
+    async with rotated() as (channel, files):
+        await call(channel)
+        files.content = content
+        for _ in range(3):
+            assert b"first" == await call(channel)
+        files.content = "second"
+        assert b"second" == await call(channel)
