@@ -19,7 +19,8 @@ class RotatedChannel(Channel):
     Calls begin on the newest channel; an older one is closed when its last call has ended.
 
     Args:
-        make: Makes a channel of what the files hold now; an `OSError` is a failed attempt to connect.
+        make: Makes a channel of what the files hold now; an `OSError` is a failed attempt to connect,
+            unless there is an older channel: that one goes on.
         stamp: Returns what is another value once a file was replaced.
         background: Where old channels are closed.
     """
