@@ -9,8 +9,11 @@ from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._hold import Hold, LockStatus
 from etcd_infra._primitives._listing import Listing
 from etcd_infra._primitives._lock_like import LockLike, Renewal
+from etcd_infra._primitives._ordered_group import OrderedMessages
 from etcd_infra._primitives._roll import Member
 from etcd_infra._primitives._run import Transaction
+from etcd_infra._primitives._shared_group import SharedMessages
+from etcd_infra._primitives._trimmer import Retention
 from etcd_infra._primitives.counter import Counter
 from etcd_infra._primitives.election import Election
 from etcd_infra._primitives.election_info import ElectionInfo, MemberInfo
@@ -25,6 +28,7 @@ from etcd_infra._primitives.lock_history import LockHistory, Tenure
 from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra._primitives.member_watch import MemberChange, MemberEvent, MemberWatch
 from etcd_infra._primitives.members import Members
+from etcd_infra._primitives.message import DeadLetter, Delivery, GroupMessage, Message
 from etcd_infra._primitives.multi_lock import MultiLock
 from etcd_infra._primitives.operations import (
     Cas,
@@ -37,6 +41,8 @@ from etcd_infra._primitives.operations import (
     TransactionResult,
     TransactionStatus,
 )
+from etcd_infra._primitives.publish import Publish
+from etcd_infra._primitives.receipt import Receipt
 from etcd_infra._primitives.rwlock import RWLock
 from etcd_infra._primitives.rwlock_info import RWLockInfo
 from etcd_infra._primitives.semaphore import Semaphore
@@ -45,6 +51,7 @@ from etcd_infra._primitives.state import State
 from etcd_infra._primitives.state_info import StateInfo
 from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
 from etcd_infra._primitives.stm import Isolation
+from etcd_infra._primitives.topic import Messages, Topic
 from etcd_infra._primitives.transaction_info import TransactionInfo
 from etcd_infra._primitives.transitions import Transition, TransitionKind
 from etcd_infra._primitives.two_phase import TwoPhaseTransaction
@@ -100,8 +107,10 @@ __all__ = [
     "Coordinator",
     "Counter",
     "CycleInfo",
+    "DeadLetter",
     "Decrement",
     "Delete",
+    "Delivery",
     "Election",
     "ElectionInfo",
     "Entry",
@@ -111,6 +120,7 @@ __all__ = [
     "FencedError",
     "ForkedError",
     "FutureRevisionError",
+    "GroupMessage",
     "HealthInfo",
     "Hold",
     "Increment",
@@ -141,17 +151,23 @@ __all__ = [
     "MemberInfo",
     "MemberWatch",
     "Members",
+    "Message",
+    "Messages",
     "MessagesLostError",
     "MultiLock",
     "NotHeldError",
     "Operation",
     "OperationResult",
+    "OrderedMessages",
     "OutcomeUnknownError",
+    "Publish",
     "Quorum",
     "RWLock",
     "RWLockInfo",
     "RateLimitedError",
+    "Receipt",
     "Renewal",
+    "Retention",
     "Semaphore",
     "SemaphoreInfo",
     "Session",
@@ -159,6 +175,7 @@ __all__ = [
     "SessionLostError",
     "SessionStatus",
     "Set",
+    "SharedMessages",
     "State",
     "StateChange",
     "StateInfo",
@@ -168,6 +185,7 @@ __all__ = [
     "StoreResetError",
     "Tenure",
     "TlsConfig",
+    "Topic",
     "Transaction",
     "TransactionInfo",
     "TransactionResult",

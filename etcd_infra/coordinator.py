@@ -7,7 +7,7 @@ import random as random_module
 import socket
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import msgspec
 
@@ -16,6 +16,7 @@ from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._policy.codec import JSON, Codec
 from etcd_infra._primitives._candidacy import Candidacies
+from etcd_infra._primitives._envelope import Names
 from etcd_infra._primitives._lock_like import Renewal
 from etcd_infra._primitives._space import Space
 from etcd_infra._primitives._ttl_leases import TtlLeases
@@ -28,6 +29,7 @@ from etcd_infra._primitives.rwlock import RWLock
 from etcd_infra._primitives.semaphore import Semaphore
 from etcd_infra._primitives.state import State
 from etcd_infra._primitives.stm import Isolation, transact
+from etcd_infra._primitives.topic import Topic, Trunks
 from etcd_infra._primitives.transaction import execute
 from etcd_infra._primitives.two_phase import begin
 from etcd_infra._primitives.write_behind import WriteBehind, open_write_behind
@@ -52,12 +54,14 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.calls import Call, Observer
     from etcd_infra._primitives._hold import Hold
     from etcd_infra._primitives._run import Transaction
+    from etcd_infra._primitives._trimmer import Retention
     from etcd_infra._primitives.fence import Fence
     from etcd_infra._primitives.operations import Operation, TransactionResult
     from etcd_infra._primitives.two_phase import TwoPhaseTransaction
     from etcd_infra._session.session import Session
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 MEMORY_URL = "memory://"
 
@@ -84,6 +88,7 @@ class Coordinator:
         *,
         combiners: Combiners,
         candidacies: Candidacies,
+        trunks: Trunks,
         node_id: str,
         metrics: Metrics,
     ) -> None:
@@ -96,6 +101,7 @@ class Coordinator:
         self._space = space
         self._combiners = combiners
         self._candidacies = candidacies
+        self._trunks = trunks
         self._metrics = metrics
 
     def __repr__(self) -> str:
@@ -175,6 +181,20 @@ class Coordinator:
     def members(self, name: str) -> Members:
         """Return the members of the group, or the election, `name`; see `Members`."""
         return Members(self._sessions, self._keys, name)
+
+    @overload
+    def topic(self, name: str, *, type: type[U], retention: Retention | None = None) -> Topic[U]: ...
+    @overload
+    def topic(self, name: str, *, retention: Retention | None = None) -> Topic[Any]: ...
+    def topic(
+        self,
+        name: str,
+        *,
+        type: Any = Any,  # noqa: A002
+        retention: Retention | None = None,
+    ) -> Topic[Any]:
+        """Return the topic `name`, of payloads of `type`; see `Topic`."""
+        return Topic(self._trunks.of(name), Any if type is None else type, retention)
 
     def counter(self, name: str) -> Counter:
         """Return the counter `name`; see `Counter`."""
@@ -266,9 +286,11 @@ async def open_coordinator(  # noqa: PLR0913
         sessions = _sessions(observed, keys, metrics, clock, draws, ttl=ttl)
         background = await stack.enter_async_context(open_background())
         await background.start(sessions.run)
-        space = Space(observed, sessions, keys, codec, draws, metrics.tally, TtlLeases())
+        names = Names(draws.getrandbits(Names.bits()))
+        space = Space(observed, sessions, keys, codec, draws, metrics.tally, TtlLeases(), clock, name, names)
         combiners = Combiners(space, background)
         candidacies = Candidacies(sessions, keys, background)
+        trunks = Trunks(space, background)
         yield Coordinator(
             observed,
             keys,
@@ -276,6 +298,7 @@ async def open_coordinator(  # noqa: PLR0913
             space,
             combiners=combiners,
             candidacies=candidacies,
+            trunks=trunks,
             node_id=name,
             metrics=metrics,
         )

@@ -109,7 +109,22 @@ class LeadershipLostError(LostError):
 
 
 class MessagesLostError(LostError):
-    """Messages are gone that were never delivered here; iteration may go on after them."""
+    """
+    Messages are gone that were never delivered here; iteration may go on after them.
+
+    Attributes:
+        after: Revisions up to this one are not concerned.
+        up_to: Nor are those after this one.
+    """
+
+    def __init__(self, message: str, after: int = 0, up_to: int = 0) -> None:
+        super().__init__(message, after, up_to)
+        self.message = message
+        self.after = after
+        self.up_to = up_to
+
+    def __str__(self) -> str:
+        return self.message
 
 
 # ── single facts ────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +170,7 @@ class ForkedError(EtcdInfraError):
 
 
 class AckTimeoutError(EtcdInfraError):
-    """Not every subscriber acknowledged in time."""
+    """A message was not acknowledged in time: its handler was cancelled, and it will be delivered again."""
 
 
 class RateLimitedError(EtcdInfraError):

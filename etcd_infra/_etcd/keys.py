@@ -228,6 +228,97 @@ class Keys:
         """The intent on a full state key: its value is the id of the transaction that will change it."""
         return self.intents + state_key.removeprefix(self.states)
 
+    # ── topics ──────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def topics(self) -> bytes:
+        """The prefix of all topics."""
+        return self.root + b"topic/"
+
+    def topic(self, name: str) -> TopicKeys:
+        """The keys of one topic."""
+        return TopicKeys(self.topics + encode_segment(name).encode() + b"/")
+
+    def parse_topic(self, key: bytes) -> str | None:
+        """Return the topic's name of one of its keys, None for other keys."""
+        return _name_of_line(key, self.topics)
+
+
+class TopicKeys:
+    """
+    The keys of one topic, all under `root`.
+
+    What everybody looks for in all groups at once (cursors, dead letters) has a line of its own beside the
+    groups, so that one range finds it and nothing else.
+    """
+
+    __slots__ = ("cursors", "messages", "root", "trimmed", "trimmers")
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self.messages = root + b"message/"
+        self.cursors = root + b"cursor/"
+        self.trimmed = root + b"trimmed"
+        self.trimmers = root + b"trimmer/"
+
+    def message(self, name: str) -> bytes:
+        """A message: `{time-ordered}-{publisher}`, JSON head and payload; on no lease."""
+        return self.messages + name.encode()
+
+    @property
+    def markers(self) -> bytes:
+        """The prefix of what remembers message ids."""
+        return self.root + b"id/"
+
+    def marker(self, message_id: str) -> bytes:
+        """The name of the message that was published under an id of the publisher's choice."""
+        return self.markers + encode_segment(message_id).encode()
+
+    def cursor(self, group: str) -> bytes:
+        """How far a group has come."""
+        return self.cursors + encode_segment(group).encode()
+
+    def parse_cursor(self, key: bytes) -> str:
+        """Return the group's name of a cursor."""
+        return decode_segment(key.removeprefix(self.cursors).decode(errors="surrogateescape"))
+
+    def group(self, group: str) -> bytes:
+        """The prefix of what a group's consumers write."""
+        return self.root + b"group/" + encode_segment(group).encode() + b"/"
+
+    def consumers(self, group: str) -> bytes:
+        """The line of those that want to consume for an ordered group."""
+        return self.group(group) + b"consumer/"
+
+    def shared(self, group: str) -> bytes:
+        """The prefix of the claims and the progress of a work-sharing group."""
+        return self.group(group) + b"shared/"
+
+    def claims(self, group: str) -> bytes:
+        """The prefix of a work-sharing group's claims."""
+        return self.shared(group) + b"claim/"
+
+    def claim(self, group: str, name: str) -> bytes:
+        """Who handles a message of a work-sharing group: on the session's lease."""
+        return self.claims(group) + name.encode()
+
+    def progress(self, group: str, name: str) -> bytes:
+        """How often a message of a work-sharing group was tried, and whether it is done."""
+        return self.shared(group) + b"progress/" + name.encode()
+
+    def dead_letters(self, group: str) -> bytes:
+        """The prefix of a group's dead letters."""
+        return self.root + b"dead/" + encode_segment(group).encode() + b"/"
+
+    def dead_letter(self, group: str, name: str) -> bytes:
+        """A message that a group has given up."""
+        return self.dead_letters(group) + name.encode()
+
+
+def last_segment(key: bytes) -> str:
+    """Return what stands after the last slash: of a message, a claim, a progress or a dead letter its name."""
+    return key.rpartition(b"/")[2].decode(errors="surrogateescape")
+
 
 READER: Final = b"read-"
 WRITER: Final = b"write-"

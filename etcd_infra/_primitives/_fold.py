@@ -12,14 +12,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put
+from etcd_infra._etcd.model import Compare, DeleteRange
 from etcd_infra._primitives.operations import BY_US, SAME_LEASE, Content, Delete, Operation, OperationResult
 from etcd_infra.errors import ConflictError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from etcd_infra._etcd.model import KeyValue
+    from etcd_infra._etcd.model import KeyValue, Op
     from etcd_infra._primitives._space import Space
     from etcd_infra._primitives.operations import Step
 
@@ -59,11 +59,13 @@ class Folded:
         writes: By full key, in the order in which the operations first name them.
         guards: By full key.
         results: Still without versions.
+        state_keys: Those of the written keys that are state.
     """
 
-    writes: dict[bytes, Put | DeleteRange]
+    writes: dict[bytes, Op]
     guards: dict[bytes, Guard]
     results: tuple[OperationResult, ...]
+    state_keys: tuple[bytes, ...]
 
     @property
     def conditions(self) -> tuple[Compare, ...]:
@@ -73,7 +75,7 @@ class Folded:
     def results_at(self, revision: int, bound: Sequence[Bound]) -> tuple[OperationResult, ...]:
         """Fill in the versions that the keys have after a commit at `revision`."""
         return tuple(
-            replace(result, version=revision if isinstance(self.writes[one.target], Put) else 0)
+            replace(result, version=0 if isinstance(self.writes[one.target], DeleteRange) else revision)
             for result, one in zip(self.results, bound, strict=True)
         )
 
@@ -160,8 +162,10 @@ def fold(bound: Sequence[Bound], seen: Mapping[bytes, KeyValue | None], space: S
         step = _apply(index, one, before, space)
         contents[one.target] = step.after
         results.append(OperationResult(one.operation.key, step.success, step.value, 0))
-    writes = {target: _write(target, content) for target, content in contents.items()}
-    return Folded(writes, guards, tuple(results))
+    last = {one.target: one.operation for one in bound}
+    writes = {target: last[target].write(target, content, space) for target, content in contents.items()}
+    state_keys = tuple(target for target, operation in last.items() if operation.is_state)
+    return Folded(writes, guards, tuple(results), state_keys)
 
 
 def _first_content(one: Bound, seen: Mapping[bytes, KeyValue | None]) -> Content | None:
@@ -181,11 +185,3 @@ def _apply(index: int, one: Bound, before: Content | None, space: Space) -> Step
         assert before.version != BY_US
         msg = f"operation {index}: {error}"
         raise ConflictError(msg, error.key, error.version, index) from None
-
-
-def _write(target: bytes, content: Content) -> Put | DeleteRange:
-    if content.value is None:
-        return DeleteRange(KeyRange.one(target))
-    if content.lease == SAME_LEASE:
-        return Put(target, content.value, ignore_lease=True)
-    return Put(target, content.value, lease=content.lease)

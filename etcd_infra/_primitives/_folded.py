@@ -11,7 +11,7 @@ from etcd_infra._primitives._groups import in_groups
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from etcd_infra._etcd.model import KeyValue, OpResult
+    from etcd_infra._etcd.model import KeyValue, Op, OpResult
     from etcd_infra._primitives._fold import Folded
     from etcd_infra._primitives._space import Space
     from etcd_infra._primitives.fence import Fence
@@ -39,7 +39,7 @@ def change_of(folded: Folded, note: bytes, fence: Fence | None) -> Change:
     guarded = tuple(Range(KeyRange.one(key), keys_only=True) for key in folded.guards)
     return Change(
         tuple(folded.writes.values()),
-        tuple(folded.writes),
+        folded.state_keys,
         folded.conditions,
         reads=tuple(Txn(success=group) for group in in_groups(guarded)),
         fence=fence,
@@ -49,13 +49,18 @@ def change_of(folded: Folded, note: bytes, fence: Fence | None) -> Change:
 
 def versions_in(folded: Folded, reads: Sequence[OpResult]) -> dict[bytes, int]:
     """Return the versions that a refusal of `change_of` shows."""
-    kvs = [found_in(one) for one in flat(reads)]
+    kvs = [found_in(one) for group in reads for one in _nested(group)]
     return {key: kv[0].mod_revision if kv else 0 for key, kv in zip(folded.guards, kvs, strict=True)}
 
 
-def flat(results: Sequence[OpResult]) -> list[OpResult]:
-    """Undo the nesting."""
+def _nested(result: OpResult) -> tuple[OpResult, ...]:
+    return result.results if isinstance(result, TxnResult) else (result,)
+
+
+def flat(ops: Sequence[Op], results: Sequence[OpResult]) -> list[OpResult]:
+    """Undo the nesting of operations that were grouped: one result per operation."""
     found: list[OpResult] = []
-    for result in results:
-        found.extend(result.results if isinstance(result, TxnResult) else (result,))
+    for op, result in zip(ops, results, strict=True):
+        is_group = isinstance(op, Txn) and not op.compare
+        found.extend(_nested(result) if is_group else (result,))
     return found

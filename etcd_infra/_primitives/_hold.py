@@ -166,6 +166,11 @@ class Hold:
         self._owners.append(owner)
         self._session.owners[owner] = self
 
+    def loss(self) -> LostError:
+        """Say why it is held no more."""
+        status = self.status
+        return self._loss(LockStatus.EXPIRED if status is LockStatus.RELEASED else status)
+
     @asynccontextmanager
     async def scope(self) -> AsyncGenerator[Hold]:
         """Run a body that is cancelled when the hold is lost, and give the hold back afterwards."""
@@ -255,5 +260,6 @@ class Hold:
         reasons = {
             LockStatus.EXPIRED: f"its lease is lost: {self._lease.error or self._session.lease.error}",
             LockStatus.FENCED: "its key was deleted under a living lease",
+            LockStatus.ACQUIRED: "a write under its fence was refused",
         }
         return self.lost_error(f"{self.fence.resource!r} (token {self.token}): {reasons[status]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -9,11 +10,14 @@ import trio
 
 from etcd_infra._etcd.model import KeyRange, KeyValue
 from etcd_infra._primitives._reads import SnapshotGoneError
+from etcd_infra._primitives.message import Delivery
+from etcd_infra._primitives.publish import Publish
 from etcd_infra.errors import NotHeldError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
+    from etcd_infra._etcd.model import Op
     from etcd_infra._primitives._reads import Reads
     from etcd_infra._primitives._space import Space
 
@@ -37,14 +41,21 @@ class Transaction:
         self._is_open = True
         self.reads = reads
         self.writes: dict[bytes, bytes | None] = {}
+        self.publications: list[Op] = []
         self.end = End.RETURNED
 
     async def perform(self, function: Callable[[Transaction], Awaitable[T]]) -> tuple[T, ...]:
         """Run `function`; return its value, or nothing if the run was given up."""
+        with self.open():
+            return (await function(self),)
+        return ()
+
+    @contextmanager
+    def open(self) -> Generator[None]:
+        """Let a body use it; `end` says afterwards whether the run was given up."""
         try:
             with self._scope:
-                return (await function(self),)
-            return ()
+                yield
         finally:
             self._is_open = False
 
@@ -113,6 +124,31 @@ class Transaction:
             NotHeldError: the run is over.
         """
         self.writes[self._full(key)] = None
+
+    def publish(
+        self,
+        topic: str,
+        payload: Any,
+        *,
+        delivery: Delivery = Delivery.AT_LEAST_ONCE,
+        message_id: str | None = None,
+    ) -> None:
+        """
+        Publish a message, at the commit: subscribers see it if and when the writes are there.
+
+        Args:
+            topic: Its name.
+            payload: Of the topic's type.
+            delivery: See `Delivery`.
+            message_id: As for `Topic.publish`; if it was published before, the rest is committed without it.
+
+        Raises:
+            TypeError, ValueError: an argument is no good.
+            NotHeldError: the run is over.
+        """
+        self._check_open()
+        publication = Publish(topic, payload, delivery=delivery, message_id=message_id)
+        self.publications.append(publication.render(self._space))
 
     async def retry(self) -> NoReturn:
         """

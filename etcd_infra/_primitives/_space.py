@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.keys import Keys
     from etcd_infra._etcd.model import KeyValue, Range, RangeResult
     from etcd_infra._policy.codec import Codec
+    from etcd_infra._primitives._envelope import Names
     from etcd_infra._primitives._ttl_leases import TtlLeases
+    from etcd_infra._session.clock import Clock
     from etcd_infra._session.current import SessionSource
     from etcd_infra._session.tally import Tally
 
@@ -36,6 +38,7 @@ class Space:
         backend: For reads: they need no session, and go on when it is lost.
         sessions: For writes.
         ttl_leases: The leases of this process's writes that have a TTL.
+        names: Of the messages that this process publishes.
     """
 
     backend: Backend
@@ -45,6 +48,9 @@ class Space:
     random: Random
     tally: Tally
     ttl_leases: TtlLeases
+    clock: Clock
+    node_id: str
+    names: Names
 
     def encode(self, value: object) -> bytes:
         """

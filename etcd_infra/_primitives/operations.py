@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from etcd_infra._etcd.model import KeyValue
+from etcd_infra._etcd.model import DeleteRange, KeyRange, KeyValue, Put
 from etcd_infra.errors import ConflictError
 
 if TYPE_CHECKING:
+    from etcd_infra._etcd.model import Op
     from etcd_infra._primitives._space import Space
 
 BY_US: Final = -1
@@ -41,7 +42,7 @@ class Step:
 
     after: Content
     value: Any = None
-    success: bool = True
+    success: bool | None = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Operation(ABC):
 
     needs_value: ClassVar[bool] = False
     """Whether what it does depends on what the key held."""
+
+    is_state: ClassVar[bool] = True
+    """Whether it changes a state key, which a prepared transaction may have promised to change."""
 
     def target(self, space: Space) -> bytes:
         """Return the full key that it writes."""
@@ -70,6 +74,15 @@ class Operation(ABC):
     @abstractmethod
     def apply(self, before: Content | None, encoded: bytes, space: Space) -> Step:
         """Say what the key holds after it; `before` None: nobody looked, and any state will do."""
+
+    def write(self, target: bytes, content: Content, space: Space) -> Op:
+        """Return what leaves `content` under `target`; asked of the last operation on that key."""
+        del space
+        if content.value is None:
+            return DeleteRange(KeyRange.one(target))
+        if content.lease == SAME_LEASE:
+            return Put(target, content.value, ignore_lease=True)
+        return Put(target, content.value, lease=content.lease)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +209,9 @@ class OperationResult:
 
     Attributes:
         key: The key.
-        success: False only for a `Delete` of a key that was not there; None if that can not be told any
-            more (the answer was lost, and the history is compacted already).
+        success: False only for a `Delete` of a key that was not there, and for a `Publish` whose message id was
+            published before; None if that can not be told any more (the answer was lost, and the history is
+            compacted already), and for a `Publish` with an id in two phases.
         value: What the key held right after this operation; None for a `Delete`.
         version: The key's version after the whole transaction; 0 if it is absent then.
     """

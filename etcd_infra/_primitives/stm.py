@@ -119,9 +119,9 @@ async def _is_valid(space: Space, run: Transaction, level: Isolation, fence: Fen
     """Apply what the run wrote if what it rests on still holds; return whether it did."""
     writes = run.writes
     conditions = _conditions(run.reads, tuple(writes), level)
-    if not writes:
+    if not writes and not run.publications:
         return await _still_hold(space, conditions, fence)
-    ops = tuple(_write(key, value) for key, value in writes.items())
+    ops = (*[_write(key, value) for key, value in writes.items()], *run.publications)
     change = Change(ops, tuple(writes), conditions, fence=fence)
     return isinstance(await commit(space.sessions, space.keys, fit(change)), Committed)
 

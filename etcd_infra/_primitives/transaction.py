@@ -31,18 +31,20 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._etcd.model import DeleteRange, DeleteRangeResult, KeyRange, Range, Txn
+from etcd_infra._etcd.model import DeleteRange, DeleteRangeResult, KeyRange, Range, Txn, TxnResult
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._budget import MAX_OPS, fit
 from etcd_infra._primitives._cas import Committed, commit, found_in
 from etcd_infra._primitives._fold import bind, fold, keys_to_read
 from etcd_infra._primitives._folded import change_of, flat, read_at_once, versions_in
+from etcd_infra._primitives._many import read_many
 from etcd_infra._primitives.operations import TransactionResult, TransactionStatus
 from etcd_infra.errors import EtcdError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from etcd_infra._etcd.model import Op, OpResult
     from etcd_infra._primitives._fold import Bound, Folded
     from etcd_infra._primitives._space import Space
     from etcd_infra._primitives.fence import Fence
@@ -61,7 +63,7 @@ async def execute(
 
     Args:
         space: Where.
-        operations: `Set`, `Delete`, `Increment`, `Decrement`, `Cas`, in any number and order.
+        operations: `Set`, `Delete`, `Increment`, `Decrement`, `Cas`, `Publish`, in any number and order.
         fence: A proof that must hold, too.
 
     Raises:
@@ -89,9 +91,10 @@ async def execute(
     while True:
         seen = await read_at_once(space, wanted)
         folded = fold(bound, seen, space)
-        outcome = await commit(space.sessions, space.keys, fit(change_of(folded, name.encode(), fence)))
+        change = fit(change_of(folded, name.encode(), fence))
+        outcome = await commit(space.sessions, space.keys, change)
         if isinstance(outcome, Committed):
-            folded = await _told_deletes(space, folded, bound, outcome)
+            folded = await _told(space, folded, bound, change.ops, outcome)
             results = folded.results_at(outcome.revision, bound)
             return TransactionResult(name, TransactionStatus.COMMITTED, results, outcome.revision)
         folded.raise_conflict(versions_in(folded, outcome.reads), bound)
@@ -99,27 +102,47 @@ async def execute(
         failures += 1
 
 
-async def _told_deletes(space: Space, folded: Folded, bound: Sequence[Bound], outcome: Committed) -> Folded:
-    """Fill in whether the keys that were deleted without a look were there."""
-    blind = [
-        (index, one.target)
-        for index, one in enumerate(bound)
-        if one.target not in folded.guards and isinstance(folded.writes[one.target], DeleteRange) and one.alone
-    ]
-    if not blind:
-        return folded
+async def _told(
+    space: Space, folded: Folded, bound: Sequence[Bound], ops: Sequence[Op], outcome: Committed
+) -> Folded:
+    """Fill in which keys that were deleted without a look were there, and which messages are new."""
+    answers: dict[bytes, OpResult] = {}
     if outcome.results:
-        found = dict(zip(folded.writes, flat(outcome.results), strict=True))
-        there = {
-            target: isinstance(done := found[target], DeleteRangeResult) and done.deleted > 0
-            for _, target in blind
-        }
+        answers = dict(zip(folded.writes, flat(ops, outcome.results), strict=True))
+    deleted = {one.target for one in bound if _is_blind_delete(folded, one)}
+    published = {
+        target: write.compare[0].range.key for target, write in folded.writes.items() if isinstance(write, Txn)
+    }
+    told: dict[bytes, bool] = {}
+    if answers:
+        for target in (*deleted, *published):
+            done = answers[target]
+            told[target] = (isinstance(done, DeleteRangeResult) and done.deleted > 0) or (
+                isinstance(done, TxnResult) and done.succeeded
+            )
     else:
-        there = await _was_there(space, [target for _, target in blind], outcome.revision - 1)
+        told = await _was_there(space, sorted(deleted), outcome.revision - 1)
+        told |= await _is_new(space, published, outcome.revision)
     results = list(folded.results)
-    for index, target in blind:
-        results[index] = replace(results[index], success=there.get(target))
+    for index, one in enumerate(bound):
+        if one.target in deleted or one.target in published:
+            results[index] = replace(results[index], success=told.get(one.target))
     return replace(folded, results=tuple(results))
+
+
+def _is_blind_delete(folded: Folded, one: Bound) -> bool:
+    return one.alone and one.target not in folded.guards and isinstance(folded.writes[one.target], DeleteRange)
+
+
+async def _is_new(space: Space, markers: Mapping[bytes, bytes], revision: int) -> dict[bytes, bool]:
+    """Look which messages a commit whose answer was lost has published: their markers are as old as it."""
+    try:
+        found = await read_many(space.backend, list(markers.values())) if markers else []
+    except EtcdError as error:
+        logger.info("which messages of a transaction are new can not be told: %s", error)
+        return {}
+    kvs = zip(markers, found, strict=True)
+    return {target: kv.create_revision == revision for target, kv in kvs if kv is not None}
 
 
 async def _was_there(space: Space, targets: Sequence[bytes], revision: int) -> dict[bytes, bool]:

@@ -42,6 +42,17 @@ ERRORS = {
     "CodecError": "EtcdInfraError",
 }
 NAMES = {
+    "OrderedMessages",
+    "SharedMessages",
+    "Retention",
+    "DeadLetter",
+    "Delivery",
+    "GroupMessage",
+    "Message",
+    "Publish",
+    "Receipt",
+    "Messages",
+    "Topic",
     "Call",
     "Cas",
     "CasResult",

@@ -1,0 +1,338 @@
+"""
+A group that gets its messages in order: one of its consumers is active, the others wait for its place.
+
+Keys
+    ``{ns}topic/{topic}/group/{group}/consumer/{lease}-{n}``  a place in line (see `_waitqueue`).
+    ``{ns}topic/{topic}/cursor/{group}``                      see `_group`; written by the active consumer only.
+
+Algorithm
+    1. Stand in line; the first is active, and reads the cursor.
+    2. Begin a message: ``[slot, created(consumer)==token, mod(cursor)==seen] → [cursor: it is begun, once
+       more]``. The acknowledgement of the message before does this in passing if the next one is at hand.
+    3. Acknowledge: ``[the same, mod of what was read, no intent] → [effects, cursor: past it]``.
+    4. Failed: begin it again; after `max_retries` of that ``[the same] → [dead letter, cursor: past it]``.
+
+Guarantees
+    The order of the topic. A message is past the cursor only if it was acknowledged, is a dead letter, or was
+    published at most once; all effects of `GroupMessage.transaction` took place with that, once. A consumer
+    that was replaced can neither acknowledge nor write effects. How often a message was begun survives its
+    consumers.
+
+Does not guarantee
+    That a handler's deeds outside etcd happen once.
+
+Source
+    The cursor beside its effects: P. Helland, "Life beyond Distributed Transactions" (2007).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+import msgspec
+import trio
+
+from etcd_infra._etcd.model import Compare, KeyRange, Put, Range
+from etcd_infra._primitives._budget import fit
+from etcd_infra._primitives._cas import Change, Committed, commit, found_in
+from etcd_infra._primitives._envelope import Position
+from etcd_infra._primitives._group import Cursor, Group
+from etcd_infra._primitives._handling import Effects, Ending, Handling
+from etcd_infra._primitives._hold import Hold
+from etcd_infra._primitives._turn import come_first
+from etcd_infra._primitives._waitqueue import Spot
+from etcd_infra._primitives._who import introduce
+from etcd_infra._primitives.fence import Fence
+from etcd_infra.errors import EtcdInfraError, FencedError, LockLostError, SessionLostError
+
+if TYPE_CHECKING:
+    from etcd_infra._etcd.model import KeyValue
+    from etcd_infra._primitives._envelope import Record
+    from etcd_infra._primitives._feed import Reader
+    from etcd_infra._primitives.message import GroupMessage
+
+T = TypeVar("T")
+
+logger = logging.getLogger("etcd_infra.topic")
+
+NO_EFFECTS: Final = Effects()
+
+
+class OrderedMessages(Generic[T]):
+    """
+    One consumer's end of an ordered group, to be iterated over; see `Topic.subscribe`.
+
+    It waits until this consumer is the active one, and then for each message until the one before it is
+    settled.
+    """
+
+    def __init__(self, group: Group[T], reader: Reader, *, ack_after: float, max_retries: int) -> None:
+        self._group = group
+        self._space = group.space
+        self._reader = reader
+        self._ack_after = ack_after
+        self._max_retries = max_retries
+        self._hold: Hold | None = None
+        self._cursor = Cursor(0)
+        self._seen: int | None = None  # the cursor's mod revision; None: not known
+        self._head: Record | None = None
+        self._current: Handling | None = None
+        self._counted = ""  # the name of a message whose next attempt is counted already
+        self._not_before = 0.0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this consumer is the group's active one, by what this process knows."""
+        return self._hold is not None and self._hold.is_held()
+
+    def __aiter__(self) -> OrderedMessages[T]:
+        return self
+
+    async def __anext__(self) -> GroupMessage[T]:
+        """
+        Wait for the next message.
+
+        A message that was neither acknowledged nor given back counts as failed after `ack_after` seconds.
+
+        Raises:
+            MessagesLostError: some were trimmed unread; iteration may go on after them.
+            CodecError: a message does not decode; it is delivered again, and in the end a dead letter.
+            ConflictError: the group was deleted.
+            SessionLostError: the coordinator was closed.
+            EtcdError: etcd refuses.
+
+        Cancellation:
+            Nothing is lost; call again. While it waits to be the active one: at the end of the line then.
+
+        Round trips:
+            One; none while messages are at hand. To become the active one: three.
+        """
+        while True:
+            hold = await self._active()
+            try:
+                with hold.tied():
+                    await self._wait_settled()
+                    return await self._hand_over(hold)
+            except FencedError as error:
+                logger.warning("%s: %s", self._group.name, error)
+            # The session, or the place in line, was lost: wait for another one.
+            await self._let_go()
+
+    async def close(self) -> None:
+        """Let the next consumer begin, within two seconds."""
+        if self._current is not None:
+            self._current.end(Ending.ABANDONED)
+        await self._let_go()
+
+    # ── the active consumer ─────────────────────────────────────────────────────────────────────
+
+    async def _active(self) -> Hold:
+        while self._hold is None or not self._hold.is_held():
+            await self._let_go()
+            self._hold = await self._wait_turn()
+            self._seen = None
+        if self._seen is None:
+            await self._read_cursor()
+            self._head = None
+        return self._hold
+
+    async def _wait_turn(self) -> Hold | None:
+        line = self._group.keys.consumers(self._group.name)
+        session = await self._space.sessions.current()
+        place = Spot(line, line).place(session, introduce(session))
+        hold: Hold | None = None
+        try:
+            with session.tether():
+                await come_first(place)
+                proof = (Compare.created_at(place.key, place.token),)
+                fence = Fence(
+                    f"{self._group.topic}/{self._group.name}", place.token, session.own_key.epoch, proof
+                )
+                hold = Hold(session, place, fence, own=None)
+        except (LockLostError, SessionLostError) as error:
+            logger.info("a consumer of %r stands in line anew: %s", self._group.name, error)
+        finally:
+            if hold is None:
+                await place.leave(until=session.clean_up_deadline())
+        return hold
+
+    async def _let_go(self) -> None:
+        hold, self._hold = self._hold, None
+        if self._current is not None:
+            self._current.end(Ending.LOST)
+            await self._current.wait_left()
+        self._current = None
+        if hold is None:
+            return
+        if hold.is_held() and self._counted and self._seen is not None:
+            await self._take_back_count(hold)
+        self._counted = ""
+        if (loss := await hold.finish()) is not None:
+            logger.warning("a consumer of %r was replaced: %s", self._group.name, loss)
+
+    async def _take_back_count(self, hold: Hold) -> None:
+        """Un-count the attempt that was counted in advance and never begun."""
+        uncounted = msgspec.structs.replace(self._cursor, attempts=self._cursor.attempts - 1)
+        try:
+            with trio.move_on_at(trio.current_time() + min(1.0, hold.remaining()), shield=True):
+                await self._write(hold, uncounted)
+        except EtcdInfraError as error:
+            logger.info("an attempt of %r that was not begun is counted: %s", self._group.name, error)
+
+    # ── handing over ────────────────────────────────────────────────────────────────────────────
+
+    async def _wait_settled(self) -> None:
+        current = self._current
+        if current is None:
+            return
+        if not current.in_scope:
+            with trio.move_on_at(current.until):
+                await current.ended.wait()
+        if current.in_scope:
+            await current.ended.wait()
+        if current.ending is None:
+            await current.expire()
+        self._current = None
+
+    async def _hand_over(self, hold: Hold) -> GroupMessage[T]:
+        while True:
+            if self._seen is None:
+                await self._read_cursor()
+                self._head = None
+            if self._head is None:
+                self._head = await self._reader.next()
+            record = self._head
+            if not self._group.is_for_us(record):
+                self._head = None
+                continue
+            await trio.sleep_until(self._not_before)
+            attempt = await self._begin(hold, record)
+            if attempt:
+                return self._handed(hold, record, attempt)
+
+    def _handed(self, hold: Hold, record: Record, attempt: int) -> GroupMessage[T]:
+        until = trio.current_time() + self._ack_after
+        handling = Handling(self, self._space, hold, record, attempt=attempt, until=until)
+        if self._group.settles_before(record):
+            handling.end(Ending.ACKNOWLEDGED)
+            self._head = None
+        message = self._group.message(record, handling)
+        self._current = handling
+        return message
+
+    async def _begin(self, hold: Hold, record: Record) -> int:
+        """Count an attempt; return which it is, 0 if there is nothing to attempt."""
+        tried = self._cursor.attempts if self._cursor.head == record.name else 0
+        if self._counted == record.name:
+            self._counted = ""
+            return tried
+        if tried > self._max_retries:
+            await self._bury(hold, record, tried, "")
+            return 0
+        if self._group.settles_before(record):
+            cursor = Cursor(*record.position)
+        else:
+            cursor = msgspec.structs.replace(self._cursor, head=record.name, attempts=tried + 1)
+        if await self._write(hold, cursor):
+            return tried + 1
+        self._catch_up(record)
+        return 0
+
+    async def _bury(self, hold: Hold, record: Record, attempts: int, reason: str) -> None:
+        logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
+        burial = self._group.burial(record, attempts, reason)
+        while not await self._write(hold, Cursor(*record.position), Effects((burial,))):
+            if self._is_past(record):
+                break
+        self._head = None
+
+    def _is_past(self, record: Record) -> bool:
+        return Position(self._cursor.revision, self._cursor.name) >= record.position
+
+    def _catch_up(self, record: Record) -> None:
+        """Take in that the cursor was moved by a copy of an earlier write of ours."""
+        if self._is_past(record):
+            self._head = None
+            self._reader.move(Position(self._cursor.revision, self._cursor.name))
+
+    # ── what comes of a message ─────────────────────────────────────────────────────────────────
+
+    async def acknowledge(self, handling: Handling, effects: Effects) -> bool:
+        """See `Desk`."""
+        hold, record = self._hold, handling.record
+        if hold is not handling.custody or hold is None:
+            raise handling.custody.loss()
+        following = self._reader.peek()
+        if following and (not self._group.is_for_us(following) or self._group.settles_before(following)):
+            following = None
+        cursor = Cursor(*record.position)
+        if following:
+            cursor = Cursor(*record.position, head=following.name, attempts=1)
+        effects = Effects((*effects.ops, *self._group.resurrection(record)), effects.keys, effects.conditions)
+        while self._seen is None or not self._is_past(record):
+            seen = self._seen
+            if await self._write(hold, cursor, effects):
+                self._counted = cursor.head
+                break
+            if self._seen == seen:
+                return False
+        self._head = None
+        return True
+
+    async def give_back(self, handling: Handling, delay: float, reason: str, *, counts: bool) -> None:
+        """See `Desk`."""
+        hold, record = self._hold, handling.record
+        if hold is not handling.custody or hold is None:
+            return
+        if not counts:
+            self._counted = record.name
+        elif handling.attempt > self._max_retries:
+            await self._bury(hold, record, handling.attempt, reason)
+        else:
+            self._not_before = trio.current_time() + delay
+
+    async def abandon(self, handling: Handling) -> None:
+        """See `Desk`: nothing to do, the attempt is counted and the cursor stands before it."""
+
+    # ── the cursor ──────────────────────────────────────────────────────────────────────────────
+
+    async def _read_cursor(self) -> None:
+        found = await self._group.read_cursor()
+        if found is None:
+            raise self._group.deleted()
+        self._adopt(found)
+        self._counted = ""
+        if self._current is None or self._current.ending is not None:
+            self._reader.move(Position(self._cursor.revision, self._cursor.name))
+
+    def _adopt(self, kv: KeyValue) -> None:
+        cursor = Cursor.parse(kv)
+        position = cursor.position(kv)
+        self._cursor = msgspec.structs.replace(cursor, revision=position.revision, name=position.name)
+        self._seen = kv.mod_revision
+
+    async def _write(self, hold: Hold, cursor: Cursor, effects: Effects = NO_EFFECTS) -> bool:
+        """Write the cursor, with effects; False: it was moved (then it is known anew), or they do not hold."""
+        key, seen = self._group.cursor_key, self._seen
+        if seen is None:
+            await self._read_cursor()
+            return False
+        change = Change(
+            (Put(key, cursor.to_json()), *effects.ops),
+            effects.keys,
+            (Compare.modified_at(key, seen), *effects.conditions),
+            (Range(KeyRange.one(key)),),
+            hold.fence,
+        )
+        # Whatever ends this early leaves open whether it was applied: the cursor is read again then.
+        self._seen = None
+        outcome = await commit(self._space.sessions, self._space.keys, fit(change))
+        if isinstance(outcome, Committed):
+            self._cursor, self._seen = cursor, outcome.revision
+            return True
+        found = found_in(outcome.reads[0])
+        if not found:
+            raise self._group.deleted()
+        self._adopt(found[0])
+        return False

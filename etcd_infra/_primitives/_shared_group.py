@@ -1,0 +1,629 @@
+"""
+A group whose consumers share the work: each message goes to one of them, by a claim of its own.
+
+Keys
+    ``{ns}topic/{topic}/group/{group}/shared/claim/{name}``     who handles a message; on the session's lease.
+    ``{ns}topic/{topic}/group/{group}/shared/progress/{name}``  JSON how often it was begun, and whether it is
+                                                                done; on no lease, so that it survives its
+                                                                consumers.
+    ``{ns}topic/{topic}/cursor/{group}``                        the floor: everything up to it is done.
+
+Algorithm
+    1. Read the messages after the floor, some way ahead; watch claims and progress.
+    2. Take the oldest one that nobody has: ``[slot, no claim, mod(progress) and mod(cursor) as seen, the
+       message is there] → [put claim, progress: begun once more] else [look]``.
+    3. Acknowledge: ``[slot, created(claim)==token, mod of what was read, no intent] → [effects, delete claim,
+       progress: done]``. Give back: delete the claim. After `max_retries`: ``[slot, no claim, progress as
+       seen] → [dead letter, progress: done]``.
+    4. Whoever sees that the oldest ones are all done moves the floor, and deletes their progress.
+
+Guarantees
+    A message has one claim at a time; an acknowledgement under a claim that is gone is refused, with its
+    effects. A consumer that dies gives its messages back when its lease ends; what it had begun is counted.
+
+Does not guarantee
+    Any order. That two handlers of a message never overlap when a consumer was paused for longer than its
+    lease: the first one's acknowledgement is refused then.
+
+Source
+    The visibility timeout of message queues, as a lease; the token is the claim's create revision.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import asynccontextmanager, contextmanager, suppress
+from math import inf
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+import msgspec
+import trio
+
+from etcd_infra._etcd.background import open_background
+from etcd_infra._etcd.keys import last_segment
+from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, Txn
+from etcd_infra._policy.backoff import delay as backoff
+from etcd_infra._primitives._budget import fit
+from etcd_infra._primitives._cas import Change, Committed, Refused, commit, found_in
+from etcd_infra._primitives._envelope import Position
+from etcd_infra._primitives._group import Cursor, Group
+from etcd_infra._primitives._handling import Effects, Ending, Handling
+from etcd_infra._primitives._who import introduce
+from etcd_infra._primitives.fence import Fence
+from etcd_infra._session.mirror import Changes, Snapshot, open_mirror
+from etcd_infra.errors import CodecError, EtcdError, LockLostError, MessagesLostError, SessionLostError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator, Sequence
+
+    from etcd_infra._etcd.model import Event, KeyValue
+    from etcd_infra._primitives._envelope import Record
+    from etcd_infra._primitives._feed import Reader
+    from etcd_infra._primitives.message import GroupMessage
+    from etcd_infra._session.key_watch import Guarded
+    from etcd_infra._session.mirror import Mirror
+    from etcd_infra._session.session import Session
+
+T = TypeVar("T")
+
+logger = logging.getLogger("etcd_infra.topic")
+
+WAITING: Final = 256
+"""So many messages that are not done are kept ready."""
+
+AHEAD: Final = 8192
+"""So many messages after the floor are remembered as done; no more is read before it moves."""
+
+FLOOR_STEP: Final = 64
+"""So many messages at the floor must be done before it moves."""
+
+
+class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What came of a message so far: how often it was begun, and whether it is done."""
+
+    attempts: int = 0
+    done: bool = False
+
+
+class Claim:
+    """
+    The right to handle one message; see `Custody`.
+
+    Attributes:
+        fence: Its proof is that the claim is there.
+    """
+
+    def __init__(self, session: Session, key: bytes, claims: bytes, token: int) -> None:
+        proof = (Compare.created_at(key, token),)
+        self.fence = Fence(key.decode(errors="replace"), token, session.own_key.epoch, proof)
+        self.session = session
+        self.key = key
+        self._claims = claims
+        self._gone = False
+        self._over = False
+        self._scopes: dict[trio.CancelScope, None] = {}
+        self._guarded: Guarded | None = None
+
+    def guard(self) -> None:
+        """Notice from now on if it is deleted."""
+        watch = self.session.key_watch(self._claims)
+        self._guarded = watch.guard(self.key, self.fence.token, self._on_gone)
+
+    def unguard(self) -> None:
+        """Expect its end: it is our own doing."""
+        if self._guarded is not None:
+            self._guarded.forget()
+
+    def is_held(self) -> bool:
+        """See `Custody`."""
+        return not (self._gone or self._over or self.session.lease.is_lost())
+
+    @contextmanager
+    def tied(self) -> Generator[None]:
+        """See `Custody`."""
+        with self.session.tether() as tether:
+            self._scopes[tether.scope] = None
+            if self._gone:
+                tether.scope.cancel()
+            try:
+                yield
+            finally:
+                del self._scopes[tether.scope]
+
+    def loss(self) -> LockLostError:
+        """See `Custody`."""
+        reason = self.session.lease.error or "somebody deleted it"
+        return LockLostError(f"the claim {self.fence.resource!r} was lost: {reason}")
+
+    async def delete(self) -> None:
+        """Give the message back; an `EtcdError` means that nothing is definite."""
+        self.unguard()
+        self._over = True
+        one = KeyRange.one(self.key)
+        await self.session.backend.txn(Txn(self.fence.proof, (DeleteRange(one),)))
+        self.session.janitor.known_keys.discard(self.key)
+
+    def _on_gone(self) -> None:
+        self._gone = True
+        self.session.lease.examine()
+        for scope in tuple(self._scopes):
+            scope.cancel()
+
+
+class SharedMessages(Generic[T]):
+    """
+    One consumer's end of a work-sharing group, to be iterated over; see `Topic.subscribe`.
+
+    Several of its messages may be in hand at a time: it never waits for those before.
+    """
+
+    def __init__(self, group: Group[T], reader: Reader, *, ack_after: float, max_retries: int) -> None:
+        self._group = group
+        self._space = group.space
+        self._reader = reader
+        self._ack_after = ack_after
+        self._max_retries = max_retries
+        self._shared = group.keys.shared(group.name)
+        self._claims = group.keys.claims(group.name)
+        self._cursor_seen = 0
+        self._floor = Position(0)
+        self._waiting: dict[str, Record] = {}
+        self._ahead: dict[str, Position] = {}
+        self._claimed: dict[str, int] = {}
+        self._progress: dict[str, tuple[int, Progress]] = {}
+        self._open: dict[str, Handling] = {}
+        self._busy: dict[str, None] = {}
+        self._lost: list[Exception] = []
+        self._changed = trio.Event()
+
+    def __aiter__(self) -> SharedMessages[T]:
+        return self
+
+    async def __anext__(self) -> GroupMessage[T]:
+        """
+        Wait for a message that nobody else handles, and claim it.
+
+        Raises:
+            MessagesLostError, CodecError, ConflictError, SessionLostError, EtcdError: as for an ordered group.
+
+        Cancellation:
+            Nothing is claimed, or the claim is given back, in two seconds or by the session's janitor.
+
+        Round trips:
+            One.
+        """
+        await trio.lowlevel.checkpoint()
+        failures = 0
+        while True:
+            if self._lost:
+                raise self._lost.pop(0)
+            changed = self._changed
+            if len(self._done_at_floor()) >= FLOOR_STEP:
+                await self._move_floor()
+            record = self._next_free()
+            if record is None:
+                with trio.move_on_at(self._next_deadline()):
+                    await changed.wait()
+                await self._expire_old()
+                continue
+            try:
+                message = await self._take(record)
+            except SessionLostError:
+                continue  # whether there is a next session, `current` says
+            if message is not None:
+                return message
+            await trio.sleep(backoff(failures, self._space.random.random()) / 10)
+            failures += 1
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncGenerator[None]:
+        """
+        Follow the group for the length of a body, and give back at the end what was not acknowledged.
+
+        Raises:
+            EtcdError: etcd refuses.
+
+        Round trips:
+            Three.
+        """
+        shared = KeyRange.prefix(self._shared)
+        async with (
+            open_mirror(self._space.backend, shared, self._space.random) as mirror,
+            open_background() as background,
+        ):
+
+            async def follow(task_status: trio.TaskStatus[None]) -> None:
+                await self._follow(mirror, task_status)
+
+            await self._read_floor()
+            await background.start(follow)
+            background.start_soon(self._read_ahead)
+            try:
+                yield
+            finally:
+                await self._close()
+
+    # ── what is known of the group ──────────────────────────────────────────────────────────────
+
+    async def _read_ahead(self) -> None:
+        """Read the messages after the floor, some way ahead; until cancelled."""
+        while True:
+            while len(self._waiting) >= WAITING or len(self._ahead) >= AHEAD:
+                await self._changed.wait()
+            try:
+                record = await self._reader.next()
+            except MessagesLostError as error:
+                self._lost.append(error)
+            except EtcdError as error:
+                self._lost.append(error)
+                await trio.sleep(1.0)
+            else:
+                self._add(record)
+            self._tell()
+
+    def _add(self, record: Record) -> None:
+        if record.position <= self._floor:
+            return
+        self._ahead[record.name] = record.position
+        if self._group.is_for_us(record) and not self._is_done(record.name):
+            self._waiting[record.name] = record
+
+    async def _follow(self, mirror: Mirror, task_status: trio.TaskStatus[None]) -> None:
+        """Keep claims and progress up to date; started once they are."""
+        while True:
+            match await mirror.receive():
+                case Snapshot(kvs=kvs):
+                    self._claimed.clear()
+                    self._progress.clear()
+                    for kv in kvs:
+                        self._see(kv)
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                case Changes(events):
+                    for event in events:
+                        self._saw(event)
+            self._tell()
+
+    def _saw(self, event: Event) -> None:
+        if not event.is_delete:
+            self._see(event.kv)
+            return
+        name = last_segment(event.key)
+        if event.key.startswith(self._claims):
+            if self._claimed.get(name, 0) < event.revision:
+                self._claimed.pop(name, None)
+        elif self._progress.pop(name, (0, None))[1] is not None:
+            # Progress is deleted when the floor has passed it.
+            self._forget(name)
+
+    def _see(self, kv: KeyValue) -> None:
+        name = last_segment(kv.key)
+        if kv.key.startswith(self._claims):
+            self._claimed[name] = max(kv.create_revision, self._claimed.get(name, 0))
+        elif kv.mod_revision >= self._progress.get(name, (0, None))[0]:
+            progress = parse_progress(kv)
+            self._progress[name] = (kv.mod_revision, progress)
+            if progress.done:
+                self._waiting.pop(name, None)
+
+    def _forget(self, name: str) -> None:
+        self._waiting.pop(name, None)
+        self._ahead.pop(name, None)
+
+    def _is_done(self, name: str) -> bool:
+        known = self._progress.get(name)
+        return known is not None and known[1].done
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    async def _read_floor(self) -> None:
+        """Read the cursor, and go on from there."""
+        found = await self._group.read_cursor()
+        if found is None:
+            raise self._group.deleted()
+        self._take_floor(found)
+        self._reader.move(max(self._reader.position, self._floor))
+
+    def _take_floor(self, kv: KeyValue) -> None:
+        self._cursor_seen = kv.mod_revision
+        self._floor = Cursor.parse(kv).position(kv)
+        for name, position in tuple(self._ahead.items()):
+            if position > self._floor:
+                break
+            self._forget(name)
+
+    # ── claiming ────────────────────────────────────────────────────────────────────────────────
+
+    def _next_free(self) -> Record | None:
+        for name, record in self._waiting.items():
+            if name not in self._claimed and name not in self._open and name not in self._busy:
+                return record
+        return None
+
+    def _next_deadline(self) -> float:
+        return min([handling.until for handling in self._open.values() if _is_by_hand(handling)], default=inf)
+
+    async def _expire_old(self) -> None:
+        now = trio.current_time()
+        for handling in tuple(self._open.values()):
+            if _is_by_hand(handling) and handling.until <= now:
+                await handling.expire()
+
+    async def _take(self, record: Record) -> GroupMessage[T] | None:
+        """Claim a message, or bury it; None: somebody else was faster, or it is buried."""
+        session = await self._space.sessions.current()
+        seen, progress = self._progress.get(record.name, (0, Progress()))
+        self._busy[record.name] = None
+        try:
+            if progress.attempts > self._max_retries:
+                await self._bury(record, seen, progress.attempts, "")
+                return None
+            if self._group.settles_before(record):
+                return await self._take_at_most_once(session, record, seen)
+            return await self._claim(session, record, seen, progress)
+        finally:
+            self._busy.pop(record.name, None)
+
+    async def _claim(
+        self, session: Session, record: Record, seen: int, progress: Progress
+    ) -> GroupMessage[T] | None:
+        group, name = self._group, record.name
+        key = group.keys.claim(group.name, name)
+        begun = Progress(progress.attempts + 1)
+        # The number tells this claim from any other one of this session, even on the same message.
+        mine = introduce(session) + b" %d" % session.next_number()
+        request = Txn(
+            self._untouched(record, seen),
+            (Put(key, mine, lease=session.lease.id), self._put_progress(name, begun)),
+            self._looks(name),
+        )
+        session.janitor.known_keys.add(key)
+        try:
+            outcome = await session.slots.write(request)
+        except BaseException:
+            session.janitor.take_over(lambda: _unclaim(session, key, mine))
+            raise
+        if not outcome.applied:
+            session.janitor.known_keys.discard(key)
+            self._look(name, [found_in(result) for result in outcome.results])
+            return None
+        self._claimed[name] = outcome.revision
+        self._progress[name] = (outcome.revision, begun)
+        claim = Claim(session, key, self._claims, outcome.revision)
+        claim.guard()
+        until = trio.current_time() + self._ack_after
+        handling = Handling(self, self._space, claim, record, attempt=begun.attempts, until=until)
+        self._open[name] = handling
+        try:
+            return group.message(record, handling)
+        except CodecError as error:
+            handling.end(Ending.GIVEN_BACK)
+            await self.give_back(handling, 0.0, type(error).__name__, counts=True)
+            raise
+
+    async def _take_at_most_once(self, session: Session, record: Record, seen: int) -> GroupMessage[T] | None:
+        done = self._put_progress(record.name, Progress(1, done=True))
+        outcome = await session.slots.write(
+            Txn(self._untouched(record, seen), (done,), self._looks(record.name))
+        )
+        if not outcome.applied:
+            self._look(record.name, [found_in(result) for result in outcome.results])
+            return None
+        self._note_done(record.name, outcome.revision)
+        unclaimed = Claim(session, b"", self._claims, 0)
+        handling = Handling(self, self._space, unclaimed, record, attempt=1, until=inf)
+        handling.end(Ending.ACKNOWLEDGED)
+        return self._group.message(record, handling)
+
+    def _untouched(self, record: Record, seen: int) -> tuple[Compare, ...]:
+        keys, group = self._group.keys, self._group.name
+        return (
+            Compare.absent(keys.claim(group, record.name)),
+            Compare.modified_at(keys.progress(group, record.name), seen),
+            Compare.modified_at(self._group.cursor_key, self._cursor_seen),
+            Compare.created_at(keys.message(record.name), record.position.revision),
+        )
+
+    def _put_progress(self, name: str, progress: Progress) -> Put:
+        return Put(self._group.keys.progress(self._group.name, name), msgspec.json.encode(progress))
+
+    def _looks(self, name: str) -> tuple[Range, ...]:
+        keys, group = self._group.keys, self._group.name
+        looked_at = (keys.claim(group, name), keys.progress(group, name), self._group.cursor_key)
+        message = Range(KeyRange.one(keys.message(name)), keys_only=True)
+        return (*[Range(KeyRange.one(key)) for key in looked_at], message)
+
+    def _look(self, name: str, looks: Sequence[tuple[KeyValue, ...]]) -> None:
+        """Take in what a refusal shows."""
+        claim, progress, cursor, message = looks
+        if not cursor:
+            raise self._group.deleted()
+        for kv in (*claim, *progress):
+            self._see(kv)
+        if cursor[0].mod_revision != self._cursor_seen:
+            self._take_floor(cursor[0])
+        elif not message and name in self._waiting:
+            lost = self._ahead[name].revision
+            self._forget(name)
+            raise MessagesLostError(f"message {name!r} was deleted unread", lost - 1, lost)
+        elif not claim and not progress:
+            self._progress.pop(name, None)
+
+    # ── what comes of a message ─────────────────────────────────────────────────────────────────
+
+    async def acknowledge(self, handling: Handling, effects: Effects) -> bool:
+        """See `Desk`."""
+        record, claim = handling.record, handling.custody
+        assert isinstance(claim, Claim)
+        done = self._put_progress(record.name, Progress(handling.attempt, done=True))
+        change = Change(
+            (
+                DeleteRange(KeyRange.one(claim.key)),
+                done,
+                *self._group.resurrection(record),
+                *effects.ops,
+            ),
+            effects.keys,
+            effects.conditions,
+            fence=claim.fence,
+        )
+        claim.unguard()
+        outcome: Committed | Refused | None = None
+        try:
+            outcome = await commit(self._space.sessions, self._space.keys, fit(change))
+        finally:
+            if not isinstance(outcome, Committed):
+                claim.guard()
+        if not isinstance(outcome, Committed):
+            return False
+        claim.session.janitor.known_keys.discard(claim.key)
+        self._open.pop(record.name, None)
+        self._claimed.pop(record.name, None)
+        self._note_done(record.name, outcome.revision)
+        return True
+
+    def _note_done(self, name: str, revision: int) -> None:
+        if name in self._ahead:
+            self._progress[name] = (revision, Progress(done=True))
+        self._waiting.pop(name, None)
+        self._tell()
+
+    async def give_back(self, handling: Handling, delay: float, reason: str, *, counts: bool) -> None:
+        """See `Desk`."""
+        claim, record = handling.custody, handling.record
+        assert isinstance(claim, Claim)
+        try:
+            if not counts:
+                await self._uncount(claim, handling)
+            elif handling.attempt > self._max_retries:
+                await self._bury_claimed(claim, handling, reason)
+        finally:
+            if delay and handling.attempt <= self._max_retries:
+                claim.session.start_soon(lambda: self._release_later(claim, record.name, delay))
+            else:
+                await self._release(claim, record.name)
+
+    async def abandon(self, handling: Handling) -> None:
+        """See `Desk`."""
+        claim = handling.custody
+        assert isinstance(claim, Claim)
+        await self._release(claim, handling.record.name)
+
+    async def _release_later(self, claim: Claim, name: str, delay: float) -> None:
+        await trio.sleep(delay)
+        await self._release(claim, name)
+
+    async def _release(self, claim: Claim, name: str) -> None:
+        """Delete a claim, shielded, within two seconds; what is left then, the janitor does."""
+        with trio.move_on_at(claim.session.clean_up_deadline(), shield=True):
+            with suppress(EtcdError):
+                await claim.delete()
+                self._freed(name)
+                return
+        claim.session.janitor.take_over(claim.delete)
+        self._freed(name)
+
+    def _freed(self, name: str) -> None:
+        self._open.pop(name, None)
+        self._claimed.pop(name, None)
+        self._tell()
+
+    async def _uncount(self, claim: Claim, handling: Handling) -> None:
+        put = self._put_progress(handling.record.name, Progress(handling.attempt - 1))
+        await commit(self._space.sessions, self._space.keys, Change((put,), (), fence=claim.fence))
+
+    async def _bury_claimed(self, claim: Claim, handling: Handling, reason: str) -> None:
+        record = handling.record
+        logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
+        done = self._put_progress(record.name, Progress(handling.attempt, done=True))
+        burial = self._group.burial(record, handling.attempt, reason)
+        change = Change((burial, done), (), fence=claim.fence)
+        outcome = await commit(self._space.sessions, self._space.keys, fit(change))
+        self._note_done(record.name, outcome.revision)
+
+    async def _bury(self, record: Record, seen: int, attempts: int, reason: str) -> None:
+        logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
+        done = self._put_progress(record.name, Progress(attempts, done=True))
+        burial = self._group.burial(record, attempts, reason)
+        change = Change((burial, done), (), self._untouched(record, seen), self._looks(record.name))
+        outcome = await commit(self._space.sessions, self._space.keys, fit(change))
+        if isinstance(outcome, Committed):
+            self._note_done(record.name, outcome.revision)
+        else:
+            self._look(record.name, [found_in(result) for result in outcome.reads])
+
+    # ── the floor ───────────────────────────────────────────────────────────────────────────────
+
+    def _done_at_floor(self) -> list[str]:
+        found: list[str] = []
+        for name in self._ahead:
+            if name in self._waiting or name in self._open or len(found) == FLOOR_STEP:
+                break
+            found.append(name)
+        return found
+
+    async def _move_floor(self) -> None:
+        """Move the floor over those that are done; if somebody else was faster, take that in."""
+        names = self._done_at_floor()
+        if not names:
+            return
+        cursor = Cursor(*self._ahead[names[-1]], shared=True)
+        keys, group = self._group.keys, self._group.name
+        spent = [DeleteRange(KeyRange.one(keys.progress(group, name))) for name in names]
+        one = KeyRange.one(self._group.cursor_key)
+        change = Change(
+            (Put(one.key, cursor.to_json()), *spent),
+            (),
+            (Compare.modified_at(one.key, self._cursor_seen),),
+            (Range(one),),
+        )
+        outcome = await commit(self._space.sessions, self._space.keys, fit(change))
+        if isinstance(outcome, Committed):
+            self._cursor_seen = outcome.revision
+            self._floor = Position(cursor.revision, cursor.name)
+            for name in names:
+                self._progress.pop(name, None)
+                self._forget(name)
+            self._tell()
+            return
+        found = found_in(outcome.reads[0])
+        if not found:
+            raise self._group.deleted()
+        self._take_floor(found[0])
+
+    async def _close(self) -> None:
+        """Give back what was not acknowledged, and move the floor, in about two seconds."""
+        for handling in tuple(self._open.values()):
+            handling.end(Ending.ABANDONED)
+            await self.abandon(handling)
+        session = self._space.sessions.session
+        if session is not None and not session.lease.is_lost():
+            with (
+                trio.move_on_at(session.clean_up_deadline(), shield=True),
+                suppress(EtcdError, SessionLostError),
+            ):
+                await self._move_floor()
+
+
+def _is_by_hand(handling: Handling) -> bool:
+    """Whether no scope of the handler's ends it in time."""
+    return handling.ending is None and not handling.in_scope
+
+
+async def _unclaim(session: Session, key: bytes, value: bytes) -> None:
+    """Delete a claim of ours of which nobody knows whether it was put."""
+    found = await session.backend.get(key)
+    if found is not None and found.value == value:
+        mine = Compare.created_at(key, found.create_revision)
+        await session.backend.txn(Txn((mine,), (DeleteRange(KeyRange.one(key)),)))
+        session.janitor.known_keys.discard(key)
+
+
+def parse_progress(kv: KeyValue) -> Progress:
+    """Read a progress; what is none counts as nothing."""
+    try:
+        return msgspec.json.decode(kv.value, type=Progress)
+    except msgspec.DecodeError:
+        return Progress()
