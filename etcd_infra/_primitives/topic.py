@@ -32,7 +32,7 @@ from weakref import WeakValueDictionary
 from etcd_infra._etcd.keys import encode_segment, last_segment
 from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, SortTarget, TxnResult
 from etcd_infra._primitives._budget import fit
-from etcd_infra._primitives._cas import Change, Committed, commit, found_in
+from etcd_infra._primitives._cas import Change, Committed, check_fence, commit, found_in
 from etcd_infra._primitives._envelope import Position, Record, in_order
 from etcd_infra._primitives._feed import Feed, Reader, open_feed
 from etcd_infra._primitives._group import Cursor, Group, message_of
@@ -116,6 +116,7 @@ class Topic(Generic[T]):
         Round trips:
             One; one more for each lost answer, and for a duplicate.
         """
+        check_fence(fence)
         operation = Publish(self.name, payload, delivery=delivery, message_id=message_id)
         write = operation.render(self._space)
         self._offer_to_trim()
