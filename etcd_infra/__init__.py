@@ -52,6 +52,7 @@ from etcd_infra._primitives.state_info import StateInfo
 from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
 from etcd_infra._primitives.stm import Isolation
 from etcd_infra._primitives.topic import Messages, Topic
+from etcd_infra._primitives.topic_info import GroupInfo, TopicInfo
 from etcd_infra._primitives.transaction_info import TransactionInfo
 from etcd_infra._primitives.transitions import Transition, TransitionKind
 from etcd_infra._primitives.two_phase import TwoPhaseTransaction
@@ -120,6 +121,7 @@ __all__ = [
     "FencedError",
     "ForkedError",
     "FutureRevisionError",
+    "GroupInfo",
     "GroupMessage",
     "HealthInfo",
     "Hold",
@@ -186,6 +188,7 @@ __all__ = [
     "Tenure",
     "TlsConfig",
     "Topic",
+    "TopicInfo",
     "Transaction",
     "TransactionInfo",
     "TransactionResult",

@@ -136,13 +136,14 @@ class Coordinator:
 
         Args:
             kind: "locks", "rwlocks", "semaphores", "cycles" (who waits for each other), "elections", "members",
-                "state", "transactions", "sessions", "leases" or "health".
+                "state", "transactions", "topics", "sessions", "leases" or "health".
             name: One lock, semaphore, election or group, or how state keys begin.
 
         Raises:
             ValueError: there is no such kind.
         """
-        return await Inspector(self.backend, self.namespace).inspect(kind, name)
+        inspector = Inspector(self.backend, self.namespace, now=self._space.clock.wall)
+        return await inspector.inspect(kind, name)
 
     def lock(
         self,

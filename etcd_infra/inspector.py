@@ -22,7 +22,9 @@ from etcd_infra._primitives.lock_info import LockInfo, inspect_lock, inspect_loc
 from etcd_infra._primitives.rwlock_info import RWLockInfo, inspect_rwlock, inspect_rwlocks
 from etcd_infra._primitives.semaphore_info import SemaphoreInfo, inspect_semaphore, inspect_semaphores
 from etcd_infra._primitives.state_info import StateInfo, inspect_state
+from etcd_infra._primitives.topic_info import TopicInfo, inspect_topics
 from etcd_infra._primitives.transaction_info import TransactionInfo, inspect_transactions
+from etcd_infra._session.clock import Clock
 from etcd_infra.errors import EtcdError
 
 if TYPE_CHECKING:
@@ -102,12 +104,21 @@ class Inspector:
         backend: Where to read.
         namespace: What to describe; leases and health are those of the whole store.
         endpoint: Where `backend` leads, for the record.
+        now: Tells Unix seconds, for ages; None: this machine's clock.
     """
 
-    def __init__(self, backend: Backend, namespace: str = "", *, endpoint: str = "") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        namespace: str = "",
+        *,
+        endpoint: str = "",
+        now: Callable[[], float] | None = None,
+    ) -> None:
         self._backend = backend
         self._endpoint = endpoint
         self._keys = Keys(namespace)
+        self._now = now or Clock().wall
 
     async def inspect(self, kind: str, name: str | None = None) -> object:
         """
@@ -123,6 +134,7 @@ class Inspector:
             "elections": self.elections,
             "members": self.members,
             "state": self.state,
+            "topics": self.topics,
         }
         if name is not None and kind in named:
             return await named[kind](name)
@@ -135,6 +147,7 @@ class Inspector:
             "members": self.members,
             "state": self.state,
             "transactions": self.transactions,
+            "topics": self.topics,
             "sessions": self.sessions,
             "leases": self.leases,
             "health": self.health,
@@ -194,6 +207,10 @@ class Inspector:
     async def transactions(self) -> tuple[TransactionInfo, ...]:
         """Describe every two-phase transaction that is prepared, oldest first."""
         return await inspect_transactions(self._backend, self._keys)
+
+    async def topics(self, name: str | None = None) -> tuple[TopicInfo, ...]:
+        """Describe every topic, or one, with its groups."""
+        return await inspect_topics(self._backend, self._keys, name, now=self._now())
 
     async def sessions(self) -> tuple[SessionInfo, ...]:
         """Describe every living session, oldest first."""

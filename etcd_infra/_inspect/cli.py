@@ -37,12 +37,13 @@ class Kind(StrEnum):
     MEMBERS = "members"
     STATE = "state"
     TRANSACTIONS = "transactions"
+    TOPICS = "topics"
     SESSIONS = "sessions"
     LEASES = "leases"
     HEALTH = "health"
 
 
-NAMED = (Kind.LOCKS, Kind.RWLOCKS, Kind.SEMAPHORES, Kind.ELECTIONS, Kind.MEMBERS, Kind.STATE)
+NAMED = (Kind.LOCKS, Kind.RWLOCKS, Kind.SEMAPHORES, Kind.ELECTIONS, Kind.MEMBERS, Kind.STATE, Kind.TOPICS)
 
 
 class Output(StrEnum):
@@ -64,7 +65,8 @@ DEFAULT_ENDPOINTS = "http://127.0.0.1:2379"
 def inspect(  # noqa: PLR0913, PLR0917 - these are the command's options
     kind: Annotated[Kind | None, typer.Argument(help="What to show; everything if left out.")] = None,
     name: Annotated[
-        str | None, typer.Argument(help="One lock, semaphore, election or group, or how state keys begin.")
+        str | None,
+        typer.Argument(help="One lock, semaphore, election, group, topic, or how state keys begin."),
     ] = None,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to show it.")] = Output.TABLE,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again each second.")] = False,  # noqa: FBT002

@@ -93,6 +93,10 @@ class Desk(Protocol):
         """Let go of a message whose handler was cancelled, in two seconds at most."""
         ...
 
+    def handler_left(self) -> None:
+        """Hear that a handler's scope has ended, in whatever way."""
+        ...
+
 
 class Handling:
     """
@@ -229,6 +233,7 @@ class Handling:
         finally:
             self.in_scope = False
             self._left.set()
+            self._desk.handler_left()
         await self._cut_short()
 
     async def _failed(self, error: Exception) -> None:

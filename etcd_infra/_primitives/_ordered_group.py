@@ -295,6 +295,9 @@ class OrderedMessages(Generic[T]):
     async def abandon(self, handling: Handling) -> None:
         """See `Desk`: nothing to do, the attempt is counted and the cursor stands before it."""
 
+    def handler_left(self) -> None:
+        """See `Desk`: whoever waits for it waits for the handling itself."""
+
     # ── the cursor ──────────────────────────────────────────────────────────────────────────────
 
     async def _read_cursor(self) -> None:

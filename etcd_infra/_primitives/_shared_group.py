@@ -48,7 +48,7 @@ from etcd_infra._primitives._cas import Change, Committed, Refused, commit, foun
 from etcd_infra._primitives._envelope import Position
 from etcd_infra._primitives._group import Cursor, Group
 from etcd_infra._primitives._handling import Effects, Ending, Handling
-from etcd_infra._primitives._who import introduce
+from etcd_infra._primitives._who import Who, running_task
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._session.mirror import Changes, Snapshot, open_mirror
 from etcd_infra.errors import CodecError, EtcdError, LockLostError, MessagesLostError, SessionLostError
@@ -83,6 +83,12 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
 
     attempts: int = 0
     done: bool = False
+
+
+class Claimant(Who, frozen=True):
+    """Who claims; `claim` tells this claim from any other one of its session, even on the same message."""
+
+    claim: int = 0
 
 
 class Claim:
@@ -337,6 +343,10 @@ class SharedMessages(Generic[T]):
     # ── claiming ────────────────────────────────────────────────────────────────────────────────
 
     def _next_free(self) -> Record | None:
+        for name, handling in tuple(self._open.items()):
+            if not handling.in_scope and not handling.custody.is_held():
+                handling.end(Ending.LOST)
+                self._open.pop(name)
         for name, record in self._waiting.items():
             if name not in self._claimed and name not in self._open and name not in self._busy:
                 return record
@@ -372,8 +382,8 @@ class SharedMessages(Generic[T]):
         group, name = self._group, record.name
         key = group.keys.claim(group.name, name)
         begun = Progress(progress.attempts + 1)
-        # The number tells this claim from any other one of this session, even on the same message.
-        mine = introduce(session) + b" %d" % session.next_number()
+        who = running_task(session)
+        mine = msgspec.json.encode(Claimant(who.node, who.since, who.task, session.next_number()))
         request = Txn(
             self._untouched(record, seen),
             (Put(key, mine, lease=session.lease.id), self._put_progress(name, begun)),
@@ -510,6 +520,10 @@ class SharedMessages(Generic[T]):
         claim = handling.custody
         assert isinstance(claim, Claim)
         await self._release(claim, handling.record.name)
+
+    def handler_left(self) -> None:
+        """See `Desk`: a message that was taken away from it may be claimed again."""
+        self._tell()
 
     async def _release_later(self, claim: Claim, name: str, delay: float) -> None:
         await trio.sleep(delay)

@@ -31,10 +31,14 @@ class Who(msgspec.Struct, frozen=True):
     task: str = ""
 
 
+def running_task(session: Session) -> Who:
+    """Say who the running task is."""
+    return Who(session.node_id, session.clock.wall(), f"{session.lease.id:x}-{session.number_of_task()}")
+
+
 def introduce(session: Session) -> bytes:
     """Render who the running task is."""
-    task = f"{session.lease.id:x}-{session.number_of_task()}"
-    return msgspec.json.encode(Who(session.node_id, session.clock.wall(), task))
+    return msgspec.json.encode(running_task(session))
 
 
 def who_is(kv: KeyValue) -> Who:

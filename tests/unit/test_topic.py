@@ -504,6 +504,44 @@ async def test_revision_is_trimmed_as_a_whole(autojump_clock, infra, etcd):
     assert 17 == len(messages(etcd))
 
 
+# ── looking inside ──────────────────────────────────────────────────────────────────────────────
+
+
+async def test_inspect_topics(autojump_clock, infra):
+    """Topics, what is in them, who consumes, how far behind, and what is dead."""
+    assert () == await infra.inspect("topics")
+    topic, other = infra.topic("orders"), infra.topic("orders/2")
+    await other.publish("x")
+    async with (
+        topic.subscribe(group="idle"),
+        topic.subscribe(group="busy") as busy,
+        topic.subscribe(group="many", shared=True, max_retries=0) as many,
+    ):
+        for number in range(5):
+            await topic.publish(number)
+        await trio.sleep(10)
+        async with await anext(busy):
+            pass
+        await anext(many)
+        await (await anext(many)).ack()
+        await (await anext(many)).nack()
+        await trio.sleep(1)
+        (orders,) = await infra.inspect("topics", "orders")
+        assert [orders, "orders/2"] == [
+            (await infra.inspect("topics"))[0],
+            (await infra.inspect("topics"))[1].name,
+        ]
+    assert ("orders", 5, 0) == (orders.name, orders.messages, orders.trimmed_up_to)
+    assert orders.oldest_at <= orders.newest_at < trio.current_time()
+    assert [
+        ("busy", "ordered", 4, ("node-1",), 1, 0),
+        ("idle", "ordered", 5, (), 0, 0),
+        ("many", "sharing", 3, ("node-1",), 1, 1),
+    ] == [(one.name, one.kind, one.lag, one.consumers, one.attempts, one.dead_letters) for one in orders.groups]
+    assert all(10 < one.lag_seconds < 13 for one in orders.groups)
+    assert "many (sharing): lag 3 (11 s), 1 dead; node-1" == str(orders.groups[2])
+
+
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────
 
 BAD = {
