@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from dataclasses import dataclass
+from typing import Any, assert_type
 
 import trio
 
 from etcd_infra import (
+    DeadLetter,
+    Delivery,
     Fence,
+    GroupMessage,
     Hold,
     Lock,
     LockInfo,
     LockLostError,
     LockStatus,
+    Message,
+    Publish,
+    Receipt,
     Renewal,
+    Retention,
+    Topic,
     open_coordinator,
     open_etcd,
 )
@@ -61,3 +70,31 @@ async def backends() -> None:
     recording = RecordingBackend(faulty)
     async with open_coordinator(recording, boot_clock=trio.current_time):
         assert_type(recording.verbs(), list[str])
+
+
+@dataclass
+class Order:
+    """A payload."""
+
+    number: int
+
+
+async def topics() -> None:
+    async with open_coordinator("memory://") as infra:
+        topic = infra.topic("orders", type=Order, retention=Retention(count=10))
+        assert_type(topic, Topic[Order])
+        assert_type(infra.topic("anything"), Topic[Any])
+        assert_type(await topic.publish(Order(1), delivery=Delivery.EXACTLY_ONCE, message_id="1"), Receipt)
+        async with topic.subscribe() as messages:
+            async for message in messages:
+                assert_type(message, Message[Order])
+        async with topic.subscribe(group="billing", ack_after=10.0, max_retries=2) as consumed:
+            async for message in consumed:
+                assert_type(message, GroupMessage[Order])
+                async with message as entered:
+                    assert_type(entered.payload, Order)
+                async with message.transaction() as tx:
+                    tx.publish("other", message.payload)
+                await message.nack(delay=1)
+        assert_type(await topic.dead_letters("billing"), tuple[DeadLetter[Order], ...])
+        await infra.execute([Publish("orders", Order(2))])
