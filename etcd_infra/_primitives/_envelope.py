@@ -7,7 +7,7 @@ the order in which they were published, whether they are read from a watch or fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -132,10 +132,15 @@ class Record:
 
 def in_order(kvs: Iterable[KeyValue]) -> list[Record]:
     """Put messages into their order; all of a revision must be among them."""
-    found = sorted((Position(kv.create_revision, last_segment(kv.key)), kv.value) for kv in kvs)
+    values = {Position(kv.create_revision, last_segment(kv.key)): kv.value for kv in kvs}
+    return [replace(record, value=values[record.position]) for record in numbered(sorted(values))]
+
+
+def numbered(positions: Iterable[Position]) -> list[Record]:
+    """Give messages, in order and without values, their indices; all of a revision must be among them."""
     records: list[Record] = []
-    for position, value in found:
+    for position in positions:
         last = records[-1] if records else None
         index = last.index + 1 if last and last.position.revision == position.revision else 0
-        records.append(Record(position, index, value))
+        records.append(Record(position, index, b""))
     return records

@@ -4,14 +4,15 @@ A topic's messages as one process sees them: one watch for all its subscriptions
 Algorithm
     1. One watch on the topic's messages, from now on. What it tells is kept in a ring of bounded size.
     2. A reader has nothing but a position. While the ring goes back to it, it reads there, and waits there.
-    3. Else it lists, by one range at one revision, the names that come after its position, oldest first, and
-       reads their values some at a time, until the ring goes back to where it is.
-    4. In the same Txn it reads how far the topic was trimmed: past its position means that messages are gone.
+    3. Else it lists the names that come after its position, and reads their values some at a time, until the
+       ring goes back to where it is.
+    4. Afterwards it reads how far the topic was trimmed: past its position means that messages are gone.
 
 Guarantees
     Every message after the position, in order, each once; or a `MessagesLostError` in its place. It does not
     matter how slow a reader is, or whether etcd's history was compacted: what is in the store is read from
-    there. Memory is bounded: by the ring, and by what one reader has listed.
+    there. Memory is bounded: by the ring, and by what one reader has listed. After a `MessagesLostError`
+    whatever is still there comes.
 
 Does not guarantee
     That a message that somebody deleted by hand is missed: only the trimmer leaves a mark.
@@ -32,10 +33,11 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from etcd_infra._etcd.background import open_background
-from etcd_infra._etcd.model import KeyRange, Range, SortTarget, Txn
+from etcd_infra._etcd.model import KeyRange, Range, Txn
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._cas import found_in
-from etcd_infra._primitives._envelope import Position, Record, in_order
+from etcd_infra._primitives._envelope import Position, Record, in_order, numbered
+from etcd_infra._primitives._message_names import list_positions
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra.errors import CompactedError, EtcdError, MessagesLostError, StoreResetError, UnavailableError
 
@@ -52,10 +54,15 @@ logger = logging.getLogger("etcd_infra.topic")
 RING_MESSAGES: Final = 4096
 RING_BYTES: Final = 4 * 1024 * 1024
 LISTED_TOGETHER: Final = 10_000
-"""More than one Txn can publish, so that each list holds at least one whole revision."""
+"""So many names are remembered: more than one Txn can publish, so at least one whole revision."""
 
 FETCHED_TOGETHER: Final = 32
 MAX_STALE_READS: Final = 4
+
+
+def _gap(after: int, up_to: int) -> MessagesLostError:
+    msg = f"messages after revision {after}, up to revision {up_to}, were trimmed unread"
+    return MessagesLostError(msg, after, up_to)
 
 
 class Feed:
@@ -194,6 +201,7 @@ class Reader:
         self._listed: deque[tuple[Position, int]] = deque()
         self._fetched: deque[Record] = deque()
         self._listed_at = 0
+        self._told_trimmed = Position(0)
         self._stale_reads = 0
 
     def move(self, position: Position) -> None:
@@ -272,15 +280,6 @@ class Reader:
             f"the store was restored or wiped: it went from {lost_after} to {up_to}", lost_after, up_to
         )
 
-    def _skip(self, position: Position) -> None:
-        lost_after = self.position.revision
-        self.move(position)
-        raise MessagesLostError(
-            f"messages after revision {lost_after}, up to revision {position.revision}, were trimmed unread",
-            lost_after,
-            position.revision,
-        )
-
     def _check_fresh(self, revision: int, least: int) -> None:
         # etcd: some servers answer linearizable reads with an older revision now and then (#20418).
         if revision >= least:
@@ -292,32 +291,26 @@ class Reader:
         raise UnavailableError(f"a stale read: at {revision}, not {least}")
 
     async def _list(self) -> None:
-        """List what comes after the position, at one revision."""
-        start = self.position
+        """List what comes after the position; what came before a trimmer's mark is missing."""
+        start, backend = self.position, self._feed.backend
         self._number = None
-        names = Range(
-            self._feed.messages,
-            min_create_revision=start.revision,
-            sort_by=SortTarget.CREATE,
-            limit=LISTED_TOGETHER,
-            keys_only=True,
-        )
-        answer = await self._feed.backend.txn(
-            Txn(success=(names, Range(KeyRange.one(self._feed.keys.trimmed))))
-        )
-        self._check_fresh(answer.revision, max(self._feed.floor.revision, start.revision) - 1)
-        self._listed_at = answer.revision
-        listed, marks = map(found_in, answer.results)
-        if (trimmed := TrimMark.position_in(marks)) > start > Position(0):
-            self._skip(trimmed)
-        records = in_order(listed)
-        if len(records) == LISTED_TOGETHER:
-            # The last revision may have been cut; the next list begins with all of it.
-            last = records[-1].position.revision
-            records = [record for record in records if record.position.revision < last]
-        self._listed.extend((record.position, record.index) for record in records if record.position > start)
+        positions, revision = await list_positions(backend, self._feed.messages, start.revision)
+        self._check_fresh(revision, max(self._feed.floor.revision, start.revision) - 1)
+        mark = await backend.range(Range(KeyRange.one(self._feed.keys.trimmed)))
+        self._check_fresh(mark.revision, revision)
+        self._listed_at = revision
+        if len(positions) > LISTED_TOGETHER:
+            # Whole revisions only: the next list begins with what is cut off here.
+            cut = positions[LISTED_TOGETHER].revision
+            positions = [position for position in positions[:LISTED_TOGETHER] if position.revision < cut]
+        indexed = [(record.position, record.index) for record in numbered(positions)]
+        self._listed.extend(one for one in indexed if one[0] > start)
         if not self._listed:
-            self.position = max(start, Position(answer.revision + 1))
+            self.position = max(start, Position(revision + 1))
+        trimmed = TrimMark.position_in(mark.kvs)
+        if start > Position(0) and trimmed > max(start, self._told_trimmed):
+            self._told_trimmed = trimmed
+            raise _gap(start.revision, trimmed.revision)
 
     async def _fetch(self) -> None:
         """Read the values of some that were listed."""
@@ -331,7 +324,8 @@ class Reader:
             if kv is None or kv.create_revision != position.revision:
                 if self._fetched:
                     return
-                self._skip(position)
-            assert kv is not None
+                before, self.position = self.position, position
+                self._listed.clear()
+                raise _gap(before.revision, position.revision)
             self._listed.popleft()
             self._fetched.append(Record(position, index, kv.value))

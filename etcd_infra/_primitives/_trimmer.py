@@ -7,17 +7,18 @@ Keys
 
 Algorithm
     1. Stand in line. First: every few seconds look how many messages there are, and who is how far.
-    2. List the oldest ones; of those take, from the oldest on, what is too old or too many, whole revisions
-       only, and nothing after the slowest cursor.
-    3. ``[slot, created(trimmer)==token, mod(trimmed)==seen] → [delete them, their id markers, put trimmed]``.
+    2. List the oldest ones, by name, which begins with the time; of those take what is too old or too many,
+       whole revisions only, and nothing after the slowest cursor.
+    3. ``[slot, created(trimmer)==token, mod(trimmed)==seen] → [delete them, put trimmed]``.
+    4. Afterwards delete each id marker whose message is gone: ``[no such message] → [delete marker]``.
 
 Guarantees
-    What is deleted is always the beginning of the order, and the mark says in the same Txn how far: a reader
-    that comes too late knows that it does. Without `unacknowledged=True` no message goes that a group still
-    needs.
+    The mark says in the same Txn how far messages were deleted: a reader that comes too late knows that it
+    does. Without `unacknowledged=True` no message goes that a group still needs.
 
 Does not guarantee
-    An exact age or number: it looks now and then, and the age is counted on the publishers' clocks.
+    An exact age or number: it looks now and then, and the age is counted on the publishers' clocks. That only
+    the beginning of the order goes: a publisher whose clock is slow has its messages deleted early.
 
 Source
     The log cleaner of Kafka; leases are no substitute: they never expire while leaders change, and the end of
@@ -34,12 +35,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
-from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, SortTarget, Txn
+from etcd_infra._etcd.keys import last_segment
+from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, RangeResult, Txn
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, commit, found_in
-from etcd_infra._primitives._envelope import Position, in_order, time_of
+from etcd_infra._primitives._envelope import Position, time_of
 from etcd_infra._primitives._group import Cursor
+from etcd_infra._primitives._groups import in_groups
 from etcd_infra._primitives._hold import Hold
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra._primitives._turn import come_first
@@ -57,16 +60,14 @@ from etcd_infra.errors import (
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.keys import TopicKeys
-    from etcd_infra._etcd.model import RangeResult
-    from etcd_infra._primitives._envelope import Record
+    from etcd_infra._etcd.model import KeyValue
     from etcd_infra._primitives._space import Space
 
 logger = logging.getLogger("etcd_infra.topic")
 
 LOOK_SECONDS: Final = 5.0
-CHUNK: Final = 512
-LISTED_TOGETHER: Final = 4096 + CHUNK
-"""More than one Txn can publish, so that a list always holds a whole revision."""
+CHUNK: Final = 1024
+FORGOTTEN_TOGETHER: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,80 +155,76 @@ class Trimmer:
 
     async def _trim_now_and_then(self, hold: Hold) -> None:
         while True:
-            while await self._trim_some(hold):
-                pass
+            trimmed = Position(0)
+            while (last := await self._trim_some(hold)) is not None:
+                trimmed = last
+            if trimmed.revision:
+                await self._forget_ids(hold, trimmed.revision)
             await trio.sleep(min(LOOK_SECONDS, (self._retention.age or inf) / 4))
 
-    async def _trim_some(self, hold: Hold) -> bool:
-        """Delete one chunk; return whether there may be more to delete."""
-        oldest = Range(
-            KeyRange.prefix(self._keys.messages),
-            sort_by=SortTarget.CREATE,
-            limit=LISTED_TOGETHER,
-            keys_only=True,
-        )
-        if self._retention.age is None:
-            # Cheap while there is nothing to do, however long the topic is.
-            counted = await self._space.backend.range(
-                Range(KeyRange.prefix(self._keys.messages), count_only=True)
-            )
-            if counted.count <= (self._retention.count or 0):
-                return False
-        reads = (oldest, Range(KeyRange.prefix(self._keys.cursors)), Range(KeyRange.one(self._keys.trimmed)))
-        answer = await self._space.backend.txn(Txn(success=reads))
+    async def _trim_some(self, hold: Hold) -> Position | None:
+        """Delete a chunk of messages; return how far, None: there was nothing to delete."""
+        backend, keys = self._space.backend, self._keys
+        oldest = Range(KeyRange.prefix(keys.messages), limit=CHUNK, keys_only=True)
+        reads = (oldest, Range(KeyRange.prefix(keys.cursors)), Range(KeyRange.one(keys.trimmed)))
+        answer = await backend.txn(Txn(success=reads))
         listed, cursors, mark = answer.results
+        if not isinstance(listed, RangeResult):
+            msg = f"a range was asked for, and {listed} was answered"
+            raise InvalidAnswerError(msg)
         slowest = min(
             [Cursor.parse(kv).position(kv) for kv in found_in(cursors)],
             default=Position(answer.revision + 1),
         )
-        spent = self._spent(_checked(listed), slowest)
+        spent = self._spent(listed, slowest)
         if not spent:
-            return False
-        last = spent[-1].position
-        markers = Range(
-            KeyRange.prefix(self._keys.markers), max_create_revision=last.revision, keys_only=True, limit=CHUNK
-        )
-        forgotten = (await self._space.backend.range(markers)).kvs
-        doomed = [*[self._keys.message(record.name) for record in spent], *[kv.key for kv in forgotten]]
+            return None
         seen = found_in(mark)
+        last = max(TrimMark.position_in(seen), *spent)
         change = Change(
             (
-                *[DeleteRange(KeyRange.one(key)) for key in doomed],
-                Put(self._keys.trimmed, msgspec.json.encode(TrimMark(last.revision, last.name))),
+                *[DeleteRange(KeyRange.one(keys.message(position.name))) for position in spent],
+                Put(keys.trimmed, msgspec.json.encode(TrimMark(last.revision, last.name))),
             ),
             (),
-            (Compare.modified_at(self._keys.trimmed, seen[0].mod_revision if seen else 0),),
+            (Compare.modified_at(keys.trimmed, seen[0].mod_revision if seen else 0),),
             fence=hold.fence,
         )
         await commit(self._space.sessions, self._space.keys, fit(change))
-        return True
+        return last
 
-    def _spent(self, listed: RangeResult, slowest: Position) -> list[Record]:
-        """Return what is to go, oldest first, whole revisions only."""
+    async def _forget_ids(self, hold: Hold, up_to: int) -> None:
+        """Delete the markers of messages that were trimmed, those of revision `up_to` and before."""
+        rest = KeyRange.prefix(self._keys.markers)
+        while True:
+            page = await self._space.backend.range(Range(rest, limit=CHUNK))
+            old = [kv for kv in page.kvs if kv.create_revision <= up_to]
+            for some in in_groups(old, FORGOTTEN_TOGETHER):
+                change = Change(tuple(map(self._forgetting, some)), (), fence=hold.fence)
+                await commit(self._space.sessions, self._space.keys, fit(change))
+            if not page.more:
+                return
+            rest = KeyRange(page.kvs[-1].key + b"\0", rest.end)
+
+    def _forgetting(self, marker: KeyValue) -> Txn:
+        message = self._keys.messages + marker.value
+        return Txn((Compare.absent(message),), (DeleteRange(KeyRange.one(marker.key)),))
+
+    def _spent(self, listed: RangeResult, slowest: Position) -> list[Position]:
+        """Return which of the oldest messages are to go."""
         retention = self._retention
-        records = in_order(listed.kvs)
-        if listed.more:
-            # The last revision may have been cut.
-            records = [record for record in records if record.position.revision < records[-1].position.revision]
+        positions = [Position(kv.create_revision, last_segment(kv.key)) for kv in listed.kvs]
         too_many = 0 if retention.count is None else max(0, listed.count - retention.count)
         too_old = -inf if retention.age is None else self._space.clock.wall() - retention.age
-        spent: list[Record] = []
-        for at, record in enumerate(records):
-            kept = at >= too_many and time_of(record.name) > too_old
-            needed = not retention.unacknowledged and record.position > slowest
-            if kept or needed:
-                spent = [one for one in spent if one.position.revision < record.position.revision]
-                break
-            if len(spent) >= CHUNK and spent[-1].position.revision < record.position.revision:
-                break
-            spent.append(record)
-        return spent
-
-
-def _checked(result: object) -> RangeResult:
-    from etcd_infra._etcd.model import RangeResult
-
-    if not isinstance(result, RangeResult):
-        msg = f"a range was asked for, and {result} was answered"
-        raise InvalidAnswerError(msg)
-    return result
+        spent = [
+            position
+            for at, position in enumerate(positions)
+            if (at < too_many or time_of(position.name) <= too_old)
+            and (retention.unacknowledged or position <= slowest)
+        ]
+        # Whole revisions only, so that indices stay: not those of which something is kept, or is not listed.
+        # (One that is larger than a chunk goes in parts.)
+        kept = {position.revision for position in set(positions).difference(spent)}
+        cut = {positions[-1].revision} if listed.more else set[int]()
+        whole = [position for position in spent if position.revision not in kept | cut]
+        return whole or [position for position in spent if position.revision not in kept]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from etcd_infra._etcd.keys import last_segment
 from etcd_infra._etcd.model import KeyRange, Range, SortTarget
-from etcd_infra._primitives._envelope import Position, time_of
+from etcd_infra._primitives._envelope import time_of
 from etcd_infra._primitives._group import Cursor
+from etcd_infra._primitives._message_names import list_positions
 from etcd_infra._primitives._shared_group import parse_progress
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra._primitives._who import who_is
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from etcd_infra._etcd.backend import Backend
     from etcd_infra._etcd.keys import Keys, TopicKeys
     from etcd_infra._etcd.model import KeyValue
+    from etcd_infra._primitives._envelope import Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ async def inspect_topics(
     `now` is in Unix seconds, for ages.
 
     Round trips:
-        One for the name of each topic; and then per topic three, and per group three.
+        One for the name of each topic; then per topic two and one for each 1,000 messages, per group three.
     """
     names = await _names(backend, keys) if name is None else [name]
     return tuple([await _describe(backend, keys.topic(one), one, now) for one in names])
@@ -104,10 +106,7 @@ async def _names(backend: Backend, keys: Keys) -> list[str]:
 
 
 async def _describe(backend: Backend, keys: TopicKeys, name: str, now: float) -> TopicInfo:
-    everything = Range(KeyRange.prefix(keys.messages), sort_by=SortTarget.CREATE, keys_only=True)
-    messages = sorted(
-        Position(kv.create_revision, last_segment(kv.key)) for kv in (await backend.range(everything)).kvs
-    )
+    messages, _ = await list_positions(backend, KeyRange.prefix(keys.messages), 0)
     cursors = (await backend.range(Range(KeyRange.prefix(keys.cursors)))).kvs
     mark = (await backend.range(Range(KeyRange.one(keys.trimmed)))).kvs
     groups = [await _group(backend, keys, kv, messages, now) for kv in cursors]
