@@ -58,6 +58,10 @@ bench-elections *ARGS:
 bench-transports *ARGS:
     {{python}} benchmarks/transports.py {{ARGS}}
 
+# Topics beside other clients' put and watch.
+bench-topics *ARGS:
+    {{python}} benchmarks/topics.py {{ARGS}}
+
 # The bugs of naive implementations, put into a copy of the tree: some test must fail with each of them.
 mutants *ARGS:
     {{python}} -m tests.mutants.run {{ARGS}}

@@ -57,6 +57,7 @@ LISTED_TOGETHER: Final = 10_000
 """So many names are remembered: more than one Txn can publish, so at least one whole revision."""
 
 FETCHED_TOGETHER: Final = 32
+BREATHE_EVERY: Final = 16
 MAX_STALE_READS: Final = 4
 
 
@@ -203,6 +204,7 @@ class Reader:
         self._listed_at = 0
         self._told_trimmed = Position(0)
         self._stale_reads = 0
+        self._served = 0
 
     def move(self, position: Position) -> None:
         """Go on from another place."""
@@ -234,7 +236,7 @@ class Reader:
         while True:
             self._check_reset()
             if self._fetched:
-                await trio.lowlevel.checkpoint()
+                await self._breathe()
                 return self._advance(self._fetched.popleft())
             try:
                 if self._listed:
@@ -251,11 +253,20 @@ class Reader:
                 failures += 1
                 continue
             if record := self._feed.get(self._number_of_next()):
-                await trio.lowlevel.checkpoint()
+                await self._breathe()
+                # The ring may have moved on meanwhile, but not this message.
                 return self._advance(record)
             await self._feed.wait_changed()
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _breathe(self) -> None:
+        """Let other tasks run now and then: a full checkpoint costs more than the message."""
+        self._served += 1
+        if self._served % BREATHE_EVERY:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
 
     def _number_of_next(self) -> int:
         if self._number is None:

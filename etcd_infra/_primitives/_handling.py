@@ -211,7 +211,7 @@ class Handling:
 
     @asynccontextmanager
     async def _scope(self, acknowledge: Callable[[], Awaitable[None]]) -> AsyncGenerator[None]:
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self.ending is Ending.ACKNOWLEDGED:  # published at most once: nobody else gets it
             yield
             return

@@ -206,7 +206,8 @@ class OrderedMessages(Generic[T]):
             if not self._group.is_for_us(record):
                 self._head = None
                 continue
-            await trio.sleep_until(self._not_before)
+            if self._not_before > trio.current_time():
+                await trio.sleep_until(self._not_before)
             attempt = await self._begin(hold, record)
             if attempt:
                 return self._handed(hold, record, attempt)
