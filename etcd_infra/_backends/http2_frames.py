@@ -126,6 +126,12 @@ def goaway(code: int, details: str) -> bytes:
     return frame(GOAWAY, 0, 0, _U32.pack(0) + _U32.pack(code) + details.encode())
 
 
+def read_head(data: bytes, at: int) -> tuple[int, int, int, int]:
+    """Read a frame's head: its length, type, flags and stream."""
+    length_and_kind, flags, stream_id = _HEAD.unpack_from(data, at)
+    return length_and_kind >> 8, length_and_kind & 0xFF, flags, stream_id & LARGEST_STREAM_ID
+
+
 def read_u32(payload: bytes, at: int = 0) -> int:
     """Read an unsigned number of four bytes."""
     return _U32.unpack_from(payload, at)[0]
