@@ -71,14 +71,15 @@ def error_name(code: int) -> str:
 
 
 _CODES: Final = frozenset(ErrorCode)
-_HEAD: Final = struct.Struct(">IBI")
+# Length and type (24 and 8 bits), flags, stream.
+HEAD: Final = struct.Struct(">IBI")
 _U32: Final = struct.Struct(">I")
 _SETTING: Final = struct.Struct(">HI")
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
     """Build any frame."""
-    return _HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
+    return HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
 
 
 def header_frames(stream_id: int, block: bytes, max_frame: int) -> bytes:
@@ -124,12 +125,6 @@ def ping(payload: bytes, *, ack: bool = False) -> bytes:
 def goaway(code: int, details: str) -> bytes:
     """Build a GOAWAY frame; a client has accepted no stream of the server's."""
     return frame(GOAWAY, 0, 0, _U32.pack(0) + _U32.pack(code) + details.encode())
-
-
-def read_head(data: bytes, at: int) -> tuple[int, int, int, int]:
-    """Read a frame's head: its length, type, flags and stream."""
-    length_and_kind, flags, stream_id = _HEAD.unpack_from(data, at)
-    return length_and_kind >> 8, length_and_kind & 0xFF, flags, stream_id & LARGEST_STREAM_ID
 
 
 def read_u32(payload: bytes, at: int = 0) -> int:

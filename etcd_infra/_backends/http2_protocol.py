@@ -184,11 +184,17 @@ class Http2Protocol:
         self._out.append(h2.ping(b"etcd-inf"))
 
     def _admit(self, stream: Stream) -> None:
-        self._queued[stream] = None
-        self._admit_queued()
+        if self._queued or not self._has_room:
+            self._queued[stream] = None
+        else:
+            self._begin(stream)
+
+    @property
+    def _has_room(self) -> bool:
+        return self.accepts_calls and len(self._streams) < self._max_streams
 
     def _admit_queued(self) -> None:
-        while self._queued and self.accepts_calls and len(self._streams) < self._max_streams:
+        while self._queued and self._has_room:
             stream = next(iter(self._queued))
             del self._queued[stream]
             self._begin(stream)
@@ -458,10 +464,12 @@ class Http2Protocol:
 
     def _forget(self, stream: Stream) -> None:
         stream.is_over = True
-        self._streams.pop(stream.id, None)
-        self._queued.pop(stream, None)
-        self._sending.pop(stream, None)
-        self._admit_queued()
+        if stream.id:
+            del self._streams[stream.id]
+            self._sending.pop(stream, None)
+            self._admit_queued()
+        else:
+            del self._queued[stream]
 
 
 def _check_size(kind: str, payload: bytes, size: int) -> None:

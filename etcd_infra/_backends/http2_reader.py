@@ -63,14 +63,15 @@ class FrameReader:
         data = self._rest + data if self._rest else data
         at, end = 0, len(data)
         while end - at >= h2.HEAD_BYTES:
-            length, kind, flags, stream_id = h2.read_head(data, at)
+            length_and_kind, flags, stream_id = h2.HEAD.unpack_from(data, at)
+            length, kind = length_and_kind >> 8, length_and_kind & 0xFF
             if length > h2.SMALLEST_MAX_FRAME:
                 raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + h2.HEAD_BYTES
             if end - begin < length:
                 break
             at = begin + length
-            frame = kind, flags, stream_id, data[begin:at]
+            frame = kind, flags, stream_id & h2.LARGEST_STREAM_ID, data[begin:at]
             if kind != h2.DATA or self._block is not None or not self._has_begun:
                 frame = self._whole(frame)
             if frame is not None:

@@ -85,11 +85,8 @@ class RpcBackend(Backend):
 
     async def txn(self, request: Txn, /) -> TxnResult:
         """Implement `Backend.txn`."""
-        check_txn_request(request)
-        if request.is_read_only:
-            return wire.decode_txn(await self._read(_TXN, wire.encode_txn(request)), request)
         # etcd: the same written as a Txn costs the server a good deal more. (What keeps a value or a lease is
-        # checked in another order there.)
+        # checked in another order there.) There is nothing in it that could need `check_txn_request`.
         match request:
             case Txn(compare=(), success=(Put(ignore_value=False, ignore_lease=False) as put,), failure=()):
                 return await self._write(_PUT, wire.encode_put(put), wire.decode_put, request)
@@ -97,9 +94,13 @@ class RpcBackend(Backend):
                 encoded = wire.encode_delete_range(delete)
                 return await self._write(_DELETE_RANGE, encoded, wire.decode_delete_range, request)
             case _:
-                return await self._write(
-                    _TXN, wire.encode_txn(request), lambda answer: wire.decode_txn(answer, request), request
-                )
+                pass
+        check_txn_request(request)
+        if request.is_read_only:
+            return wire.decode_txn(await self._read(_TXN, wire.encode_txn(request)), request)
+        return await self._write(
+            _TXN, wire.encode_txn(request), lambda answer: wire.decode_txn(answer, request), request
+        )
 
     def watch(  # noqa: PLR0913 - as the waist has it
         self,
