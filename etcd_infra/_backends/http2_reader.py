@@ -72,7 +72,8 @@ class FrameReader:
                 break
             at = begin + length
             frame = kind, flags, stream_id & h2.LARGEST_STREAM_ID, data[begin:at]
-            if kind != h2.DATA or self._block is not None or not self._has_begun:
+            is_whole = kind == h2.DATA or (kind == h2.HEADERS and flags & _BLOCK_FLAGS == h2.END_HEADERS)
+            if not is_whole or self._block is not None or not self._has_begun:
                 frame = self._whole(frame)
             if frame is not None:
                 yield frame
