@@ -144,6 +144,9 @@ def _fields(**fields: Any) -> dict[str, Any]:
 
 
 def _range(request: Range) -> dict[str, Any]:
+    if request == Range(request.range):
+        # Most ask for nothing but the keys.
+        return _fields(key=request.range.key, range_end=request.range.end)
     order = 0
     if request.sort_by is not None or request.descending:
         order = _DESCENDING if request.descending else _ASCENDING
