@@ -71,14 +71,15 @@ def error_name(code: int) -> str:
 
 
 _CODES: Final = frozenset(ErrorCode)
-_HEAD: Final = struct.Struct(">IBI")
+# Length and type (24 and 8 bits), flags, stream.
+HEAD: Final = struct.Struct(">IBI")
 _U32: Final = struct.Struct(">I")
 _SETTING: Final = struct.Struct(">HI")
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
     """Build any frame."""
-    return _HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
+    return HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
 
 
 def header_frames(stream_id: int, block: bytes, max_frame: int) -> bytes:

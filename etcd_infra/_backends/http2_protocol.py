@@ -20,7 +20,7 @@ from etcd_infra._backends.grpc_headers import (
     BadHeadersError,
 )
 from etcd_infra._backends.http2_frames import ErrorCode
-from etcd_infra._backends.http2_reader import ConnectionFaultError, Frame, FrameReader, unpadded
+from etcd_infra._backends.http2_reader import ConnectionFaultError, FrameReader, unpadded
 from etcd_infra._backends.http2_stream import MESSAGE_HEAD_BYTES, STREAM_WINDOW, BadMessageError, Stream
 from etcd_infra._backends.status import StatusCode
 
@@ -105,7 +105,7 @@ class Http2Protocol:
         self._replies = 0
         self._reader = FrameReader()
         self._events: list[Event] = []
-        self._handlers: dict[int, Callable[[Frame], None]] = {
+        self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
             h2.DATA: self._read_data,
             h2.HEADERS: self._read_headers,
             h2.RST_STREAM: self._read_reset,
@@ -184,11 +184,17 @@ class Http2Protocol:
         self._out.append(h2.ping(b"etcd-inf"))
 
     def _admit(self, stream: Stream) -> None:
-        self._queued[stream] = None
-        self._admit_queued()
+        if self._queued or not self._has_room:
+            self._queued[stream] = None
+        else:
+            self._begin(stream)
+
+    @property
+    def _has_room(self) -> bool:
+        return self.accepts_calls and len(self._streams) < self._max_streams
 
     def _admit_queued(self) -> None:
-        while self._queued and self.accepts_calls and len(self._streams) < self._max_streams:
+        while self._queued and self._has_room:
             stream = next(iter(self._queued))
             del self._queued[stream]
             self._begin(stream)
@@ -241,10 +247,10 @@ class Http2Protocol:
         if not data:
             return self.close("the connection was closed")
         try:
-            for frame in self._reader.feed(data):
+            for kind, flags, stream_id, payload in self._reader.feed(data):
                 # RFC 9113, 5.5: frames of unknown types are ignored.
-                if handle := self._handlers.get(frame.kind):
-                    handle(frame)
+                if handle := self._handlers.get(kind):
+                    handle(flags, stream_id, payload)
         except ConnectionFaultError as fault:
             self._break(f"{fault.code.name}: {fault}")
             self._out.append(h2.goaway(fault.code, str(fault)))
@@ -278,11 +284,11 @@ class Http2Protocol:
             )
         return stream
 
-    def _read_data(self, frame: Frame) -> None:
-        stream = self._stream(frame.stream_id)
-        content = unpadded(frame)
+    def _read_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        stream = self._stream(stream_id)
+        content = unpadded(flags, payload)
         # RFC 9113, 6.1: padding counts, too.
-        size = len(frame.payload)
+        size = len(payload)
         self._receive_window -= size
         if self._receive_window < 0:
             raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
@@ -298,7 +304,7 @@ class Http2Protocol:
         elif not stream.is_answered:
             self._abort(stream, ErrorCode.PROTOCOL_ERROR, "data before the answer's headers")
         else:
-            self._read_messages(stream, content, ends=bool(frame.flags & h2.END_STREAM))
+            self._read_messages(stream, content, ends=bool(flags & h2.END_STREAM))
 
     def _read_messages(self, stream: Stream, data: bytes, *, ends: bool) -> None:
         try:
@@ -317,15 +323,15 @@ class Http2Protocol:
         if credit:
             self._out.append(h2.window_update(stream.id, credit))
 
-    def _read_headers(self, frame: Frame) -> None:
-        stream = self._stream(frame.stream_id)
+    def _read_headers(self, flags: int, stream_id: int, block: bytes) -> None:
+        stream = self._stream(stream_id)
         try:
-            headers = self._headers.decode(frame.payload)
+            headers = self._headers.decode(block)
         except BadHeadersError as error:
             raise ConnectionFaultError(ErrorCode.COMPRESSION_ERROR, str(error)) from error
         if stream is None:
             return
-        if frame.flags & h2.END_STREAM:
+        if flags & h2.END_STREAM:
             self._read_trailers(stream, headers)
         elif stream.is_answered:
             self._abort(stream, ErrorCode.PROTOCOL_ERROR, "headers in the middle of an answer")
@@ -345,11 +351,11 @@ class Http2Protocol:
             code, details = headers.refusal
         self._finish(stream, code, details)
 
-    def _read_reset(self, frame: Frame) -> None:
-        _check_size(frame, 4)
-        stream = self._stream(frame.stream_id)
+    def _read_reset(self, _: int, stream_id: int, payload: bytes) -> None:
+        _check_size("RST_STREAM", payload, 4)
+        stream = self._stream(stream_id)
         if stream is not None:
-            code = h2.read_u32(frame.payload)
+            code = h2.read_u32(payload)
             status = _STATUS_OF_RESET.get(ErrorCode(code) if code in _CODES else ErrorCode.INTERNAL_ERROR)
             details = f"the server reset the stream: {h2.error_name(code)}"
             # RFC 9113, 8.7: a refused stream was not processed at all, unless the server contradicts itself.
@@ -358,12 +364,12 @@ class Http2Protocol:
             never_sent = is_refused or not (stream.is_complete or stream.handed_over)
             self._end(stream, status or StatusCode.INTERNAL, details, never_sent=never_sent)
 
-    def _read_settings(self, frame: Frame) -> None:
-        if frame.stream_id or len(frame.payload) % 6 or (frame.flags & h2.ACK and frame.payload):
+    def _read_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id or len(payload) % 6 or (flags & h2.ACK and payload):
             raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, "malformed SETTINGS")
-        if frame.flags & h2.ACK:
+        if flags & h2.ACK:
             return
-        for name, value in h2.read_settings(frame.payload):
+        for name, value in h2.read_settings(payload):
             self._apply_setting(name, value)
         self.is_ready = True
         self._reply(h2.settings_ack())
@@ -389,15 +395,15 @@ class Http2Protocol:
         if stream.send_window > h2.LARGEST_WINDOW:
             raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window is too large")
 
-    def _refuse_push(self, _: Frame) -> None:
+    def _refuse_push(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
         raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "the server pushed, which was forbidden")
 
-    def _read_ping(self, frame: Frame) -> None:
-        _check_size(frame, 8)
-        if frame.stream_id:
+    def _read_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
+        _check_size("PING", payload, 8)
+        if stream_id:
             raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
-        if not frame.flags & h2.ACK:
-            self._reply(h2.ping(frame.payload, ack=True))
+        if not flags & h2.ACK:
+            self._reply(h2.ping(payload, ack=True))
 
     def _reply(self, reply: bytes) -> None:
         self._replies += 1
@@ -405,29 +411,29 @@ class Http2Protocol:
             raise ConnectionFaultError(ErrorCode.ENHANCE_YOUR_CALM, "more questions than answers are read")
         self._out.append(reply)
 
-    def _read_goaway(self, frame: Frame) -> None:
-        if frame.stream_id or len(frame.payload) < 8:  # noqa: PLR2004 - RFC 9113, 6.8
+    def _read_goaway(self, _: int, stream_id: int, payload: bytes) -> None:
+        if stream_id or len(payload) < 8:  # noqa: PLR2004 - RFC 9113, 6.8
             raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, "malformed GOAWAY")
-        last = h2.read_u32(frame.payload) & h2.LARGEST_STREAM_ID
+        last = h2.read_u32(payload) & h2.LARGEST_STREAM_ID
         self.accepts_calls = False
-        said = frame.payload[8:200].decode("ascii", "replace")
-        details = f"the server goes away: {h2.error_name(h2.read_u32(frame.payload, 4))} {said}".rstrip()
+        said = payload[8:200].decode("ascii", "replace")
+        details = f"the server goes away: {h2.error_name(h2.read_u32(payload, 4))} {said}".rstrip()
         self.reason = self.reason or details
         # RFC 9113, 6.8: streams above the last one were not processed, and never will be.
         for stream in [stream for number, stream in self._streams.items() if number > last]:
             self._end(stream, StatusCode.UNAVAILABLE, details, never_sent=True)
         self._refuse_queued(details)
 
-    def _read_window_update(self, frame: Frame) -> None:
-        _check_size(frame, 4)
-        increment = h2.read_u32(frame.payload) & h2.LARGEST_STREAM_ID
-        if frame.stream_id == 0:
+    def _read_window_update(self, _: int, stream_id: int, payload: bytes) -> None:
+        _check_size("WINDOW_UPDATE", payload, 4)
+        increment = h2.read_u32(payload) & h2.LARGEST_STREAM_ID
+        if stream_id == 0:
             self._send_window += increment
             if not increment or self._send_window > h2.LARGEST_WINDOW:
                 raise ConnectionFaultError(ErrorCode.FLOW_CONTROL_ERROR, f"a window widened by {increment}")
             self._write_all()
             return
-        stream = self._stream(frame.stream_id)
+        stream = self._stream(stream_id)
         if stream is None:
             return
         if not increment or stream.send_window + increment > h2.LARGEST_WINDOW:
@@ -458,17 +464,17 @@ class Http2Protocol:
 
     def _forget(self, stream: Stream) -> None:
         stream.is_over = True
-        self._streams.pop(stream.id, None)
-        self._queued.pop(stream, None)
-        self._sending.pop(stream, None)
-        self._admit_queued()
+        if stream.id:
+            del self._streams[stream.id]
+            self._sending.pop(stream, None)
+            self._admit_queued()
+        else:
+            del self._queued[stream]
 
 
-def _check_size(frame: Frame, size: int) -> None:
-    if len(frame.payload) != size:
-        raise ConnectionFaultError(
-            ErrorCode.FRAME_SIZE_ERROR, f"a frame of type {frame.kind} with {len(frame.payload)} bytes"
-        )
+def _check_size(kind: str, payload: bytes, size: int) -> None:
+    if len(payload) != size:
+        raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, f"a {kind} frame with {len(payload)} bytes")
 
 
 _CODES: Final = frozenset(ErrorCode)

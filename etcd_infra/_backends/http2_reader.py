@@ -6,7 +6,7 @@ Source: RFC 9113, 4.1, 4.3, 5.5, 6.2 and 6.10.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from etcd_infra._backends import http2_frames as h2
 from etcd_infra._backends.http2_frames import ErrorCode
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _HEADER_BLOCK_LIMIT: Final = 128 * 1024
 _CONTINUATION_LIMIT: Final = 64
 _PRIORITY_BYTES: Final = 5
+_BLOCK_FLAGS: Final = h2.END_HEADERS | h2.PADDED | h2.HAS_PRIORITY
 
 
 class ConnectionFaultError(Exception):
@@ -28,21 +29,10 @@ class ConnectionFaultError(Exception):
         self.code = code
 
 
-class Frame(NamedTuple):
-    """
-    One frame as it came; a HEADERS frame carries its whole block, without padding and priority.
-
-    Attributes:
-        kind: The frame's type, known or not; never CONTINUATION.
-        flags: As they came; of HEADERS, those of its first part.
-        stream_id: 0 for the connection.
-        payload: The bytes.
-    """
-
-    kind: int
-    flags: int
-    stream_id: int
-    payload: bytes
+# A frame as it came: its type, known or not, but never CONTINUATION; its flags, of HEADERS those of its first
+# part; its stream, 0 for the connection; its payload. A HEADERS frame carries its whole block, without padding
+# and priority. A bare tuple, since there are three to each answer.
+Frame: TypeAlias = tuple[int, int, int, bytes]
 
 
 class _Block:
@@ -73,60 +63,64 @@ class FrameReader:
         data = self._rest + data if self._rest else data
         at, end = 0, len(data)
         while end - at >= h2.HEAD_BYTES:
-            length = int.from_bytes(data[at : at + 3], "big")
+            length_and_kind, flags, stream_id = h2.HEAD.unpack_from(data, at)
+            length, kind = length_and_kind >> 8, length_and_kind & 0xFF
             if length > h2.SMALLEST_MAX_FRAME:
                 raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + h2.HEAD_BYTES
             if end - begin < length:
                 break
-            kind, flags = data[at + 3], data[at + 4]
-            stream_id = int.from_bytes(data[at + 5 : begin], "big") & h2.LARGEST_STREAM_ID
             at = begin + length
-            frame = self._whole(Frame(kind, flags, stream_id, data[begin:at]))
+            frame = kind, flags, stream_id & h2.LARGEST_STREAM_ID, data[begin:at]
+            is_whole = kind == h2.DATA or (kind == h2.HEADERS and flags & _BLOCK_FLAGS == h2.END_HEADERS)
+            if not is_whole or self._block is not None or not self._has_begun:
+                frame = self._whole(frame)
             if frame is not None:
                 yield frame
         self._rest = data[at:]
 
     def _whole(self, frame: Frame) -> Frame | None:
         """Return what is to be handled now; None while a block of headers goes on."""
-        if not self._has_begun and frame.kind != h2.SETTINGS:
+        kind, flags, stream_id, payload = frame
+        if not self._has_begun and kind != h2.SETTINGS:
             raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "the server did not begin with SETTINGS")
         self._has_begun = True
         block = self._block
         if block is not None:
-            if frame.kind != h2.CONTINUATION or frame.stream_id != block.stream_id:
+            if kind != h2.CONTINUATION or stream_id != block.stream_id:
                 raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "a block of headers was interrupted")
-            return self._continue(block, frame)
-        if frame.kind == h2.CONTINUATION:
+            return self._continue(block, flags, payload)
+        if kind == h2.CONTINUATION:
             raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        return self._begin_block(frame) if frame.kind == h2.HEADERS else frame
+        if kind != h2.HEADERS or flags & _BLOCK_FLAGS == h2.END_HEADERS:
+            return frame
+        return self._begin_block(flags, stream_id, payload)
 
-    def _begin_block(self, frame: Frame) -> Frame | None:
-        content = unpadded(frame)
-        if frame.flags & h2.HAS_PRIORITY:
+    def _begin_block(self, flags: int, stream_id: int, payload: bytes) -> Frame | None:
+        content = unpadded(flags, payload)
+        if flags & h2.HAS_PRIORITY:
             if len(content) < _PRIORITY_BYTES:
                 raise ConnectionFaultError(ErrorCode.FRAME_SIZE_ERROR, "HEADERS without room for a priority")
             content = content[_PRIORITY_BYTES:]
-        if frame.flags & h2.END_HEADERS:
-            return frame._replace(payload=content) if frame.flags & (h2.PADDED | h2.HAS_PRIORITY) else frame
-        self._block = _Block(frame.flags, frame.stream_id, content)
+        if flags & h2.END_HEADERS:
+            return h2.HEADERS, flags, stream_id, content
+        self._block = _Block(flags, stream_id, content)
         return None
 
-    def _continue(self, block: _Block, frame: Frame) -> Frame | None:
-        block.content += frame.payload
+    def _continue(self, block: _Block, flags: int, payload: bytes) -> Frame | None:
+        block.content += payload
         block.continuations += 1
         if len(block.content) > _HEADER_BLOCK_LIMIT or block.continuations > _CONTINUATION_LIMIT:
             raise ConnectionFaultError(ErrorCode.ENHANCE_YOUR_CALM, "a block of headers without end")
-        if not frame.flags & h2.END_HEADERS:
+        if not flags & h2.END_HEADERS:
             return None
         self._block = None
-        return Frame(h2.HEADERS, block.flags, block.stream_id, bytes(block.content))
+        return h2.HEADERS, block.flags, block.stream_id, bytes(block.content)
 
 
-def unpadded(frame: Frame) -> bytes:
+def unpadded(flags: int, payload: bytes) -> bytes:
     """Return a frame's content without its padding."""
-    payload = frame.payload
-    if not frame.flags & h2.PADDED:
+    if not flags & h2.PADDED:
         return payload
     if not payload or payload[0] >= len(payload):
         raise ConnectionFaultError(ErrorCode.PROTOCOL_ERROR, "more padding than frame")

@@ -8,9 +8,10 @@ Each strikes at some of its opportunities, as the real ones do. What a client mu
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from etcd_infra._backends.memory_store import Store
 from etcd_infra._backends.memory_watch import PROGRESS_SECONDS, Watcher, Watchers

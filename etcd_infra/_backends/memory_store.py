@@ -11,9 +11,11 @@ Source: etcd `server/etcdserver/apply.go`, `server/storage/mvcc/kvstore_txn.go`;
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec.structs import replace
 
 from etcd_infra._backends.memory_history import Commit, History
 from etcd_infra._backends.memory_keys import KeySpace, in_bounds

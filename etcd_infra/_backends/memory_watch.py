@@ -11,8 +11,9 @@ Source: etcd `server/storage/mvcc/watchable_store.go`, `server/etcdserver/api/v3
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from etcd_infra._etcd.model import Event, EventKind, WatchResponse
 

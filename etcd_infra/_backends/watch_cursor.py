@@ -6,8 +6,9 @@ Pure; both the in-memory etcd and the network share it, so the in-memory one pro
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from etcd_infra._backends.status import watch_error
 from etcd_infra._etcd.model import Event, WatchBatch, WatchRequest, WatchResponse

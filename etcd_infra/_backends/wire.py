@@ -133,16 +133,20 @@ def _message(name: str, /, **fields: Any) -> Any:
 def _fields(**fields: Any) -> dict[str, Any]:
     # Fields at their default are not on the wire anyway. Parts are dictionaries until the whole message is
     # made: a message made of messages copies each of them, once per level.
-    given = {key: value for key, value in fields.items() if value}
-    # protobuf takes None for "not set": a value of None would be written as an empty one.
-    if len(given) < len(fields) and None in fields.values():
-        raise TypeError(
-            f"None is no value for {', '.join(key for key, value in fields.items() if value is None)}"
-        )
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        if value:
+            given[name] = value
+        elif value is None:
+            # protobuf takes it for "not set": it would be written as an empty value.
+            raise TypeError(f"None is no value for {name}")
     return given
 
 
 def _range(request: Range) -> dict[str, Any]:
+    if request == Range(request.range):
+        # Most ask for nothing but the keys.
+        return _fields(key=request.range.key, range_end=request.range.end)
     order = 0
     if request.sort_by is not None or request.descending:
         order = _DESCENDING if request.descending else _ASCENDING
@@ -311,9 +315,10 @@ def _parsed(name: str, answer: bytes) -> Any:
 
 def _revision(message: Any) -> int:
     # etcd: a store starts at revision 1, so 0 means that the header is missing.
-    if message.header.revision <= 0:
+    revision = message.header.revision
+    if revision <= 0:
         raise InvalidAnswerError(f"the {message.DESCRIPTOR.name} carries no revision")
-    return message.header.revision
+    return revision
 
 
 def _same_lease(answered: int, asked: int) -> None:
@@ -340,7 +345,7 @@ def _event(message: Any) -> Event:
 
 
 def _range_result(message: Any, revision: int) -> RangeResult:
-    return RangeResult(tuple(_kv(kv) for kv in message.kvs), message.count, message.more, revision)
+    return RangeResult(tuple(map(_kv, message.kvs)), message.count, message.more, revision)
 
 
 def _txn_result(message: Any, request: Txn, revision: int) -> TxnResult:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
+from msgspec.structs import replace
 
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives.entry import Consistency, Entry

@@ -6,9 +6,11 @@ Each overrides as little as it can. `test_mutants.py` names the fact that tells 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from etcd_infra._backends.memory import MemoryEtcd
 from etcd_infra._backends.memory_history import Commit, History
@@ -185,7 +187,7 @@ class NestedComparesSeeTheStateAfter(Mutant):
 
     def _choose(self, txn: Txn) -> object:
         path = super()._choose(Txn(txn.compare))
-        return replace(path, steps=txn.success if path.succeeded else txn.failure)
+        return dataclasses.replace(path, steps=txn.success if path.succeeded else txn.failure)
 
     def _apply_step(self, step: object) -> object:
         return super()._apply_step(self._choose(step) if isinstance(step, Txn) else step)

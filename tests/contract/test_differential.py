@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from etcd_infra._backends.request_check import check_txn_request
 from etcd_infra._etcd.model import (

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import KeyRange, LeaseRenewal
@@ -204,10 +205,7 @@ async def test_store_that_went_back_is_told(etcd, autojump_clock):
         async def around(self, verb, request, call):
             answer = await super().around(verb, request, call)
             if self.back and hasattr(answer, "revision") and not hasattr(answer, "succeeded"):
-                return type(answer)(
-                    **{field: getattr(answer, field) for field in answer.__dataclass_fields__}
-                    | {"revision": answer.revision - self.back}
-                )
+                return replace(answer, revision=answer.revision - self.back)
             return answer
 
     restored = Restored(etcd.node("one"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from etcd_infra._backends.memory_store import Store
 from etcd_infra._etcd.model import DeleteRange, Event, EventKind, KeyRange, KeyValue, Put, Txn, WatchBatch
