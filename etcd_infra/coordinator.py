@@ -287,8 +287,9 @@ async def open_coordinator(  # noqa: PLR0913
         sessions = _sessions(observed, keys, metrics, clock, draws, ttl=ttl)
         background = await stack.enter_async_context(open_background())
         await background.start(sessions.run)
-        names = Names(draws.getrandbits(Names.bits()))
-        space = Space(observed, sessions, keys, codec, draws, metrics.tally, TtlLeases(), clock, name, names)
+        space = Space(
+            observed, sessions, keys, codec, draws, metrics.tally, TtlLeases(), clock, name, Names(draws)
+        )
         combiners = Combiners(space, background)
         candidacies = Candidacies(sessions, keys, background)
         trunks = Trunks(space, background)

@@ -18,6 +18,7 @@ from etcd_infra.errors import CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from random import Random
 
     from etcd_infra._etcd.model import KeyValue
 
@@ -37,20 +38,18 @@ class Names:
     Names for the messages of one publisher: they grow, and begin with the time.
 
     Args:
-        publisher: 48 random bits, so that no two publishers make the same name.
+        random: 48 bits are drawn with the first name, so that no two publishers make the same one.
     """
 
-    def __init__(self, publisher: int) -> None:
-        self._suffix = f"-{publisher:0{_PUBLISHER_BITS // 4}x}"
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._suffix = ""
         self._last = 0
-
-    @classmethod
-    def bits(cls) -> int:
-        """How many random bits tell publishers apart."""
-        return _PUBLISHER_BITS
 
     def next(self, now: float) -> str:
         """Return a name that was never used; `now` in Unix seconds, and it may go back."""
+        if not self._suffix:
+            self._suffix = f"-{self._random.getrandbits(_PUBLISHER_BITS):0{_PUBLISHER_BITS // 4}x}"
         self._last = max(int(now * 1000) << _COUNTER_BITS, self._last + 1)
         return f"{self._last:016x}{self._suffix}"
 

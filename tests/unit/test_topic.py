@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from functools import partial
 
@@ -219,7 +220,7 @@ async def test_two_phase_publishes_at_its_commit(autojump_clock, infra, etcd):
 
 def test_names_grow_though_the_clock_goes_back():
     """A publisher's names never repeat and never go back; they tell the time."""
-    names = Names(5)
+    names = Names(random.Random(5))
     made = [names.next(now) for now in (100.0, 100.0, 3.0, 200.5, 200.5)]
     assert sorted(set(made)) == made
     assert (100.0, 100.0, 200.5) == (time_of(made[0]), time_of(made[2]), time_of(made[3]))
