@@ -104,6 +104,11 @@ class Feed:
                 high = middle
         return self._dropped + low
 
+    def is_before(self, number: int, position: Position) -> bool:
+        """Whether the message of a number was dropped, or is not after `position`."""
+        at = number - self._dropped
+        return at < 0 or (at < len(self._ring) and self._ring[at].position <= position)
+
     def get(self, number: int) -> Record | None:
         """Return the message of a number that is in the ring; None: it has not come yet."""
         at = number - self._dropped
@@ -269,7 +274,8 @@ class Reader:
             await trio.lowlevel.checkpoint()
 
     def _number_of_next(self) -> int:
-        if self._number is None:
+        # Race: a list may be newer than the ring, which then still gets what was listed.
+        if self._number is None or self._feed.is_before(self._number, self.position):
             self._number = self._feed.number_after(self.position)
         return self._number
 
