@@ -85,6 +85,7 @@ class Feed:
         self.resets = 0
         self.error: EtcdError | None = None
         self._ring: deque[Record] = deque()
+        self._is_reset = False
         self._dropped = 0
         self._bytes = 0
         self._changed = trio.Event()
@@ -136,7 +137,7 @@ class Feed:
                 logger.info("%r fell behind etcd's history: %s", self.keys.root, error)
             except StoreResetError as error:
                 logger.warning("%r is read from another store: %s", self.keys.root, error)
-                self.resets += 1
+                self._is_reset = True
             except UnavailableError as error:
                 logger.info("%r can not be watched at the moment: %s", self.keys.root, error)
             except EtcdError as error:
@@ -148,6 +149,9 @@ class Feed:
             failures += 1
 
     def _begin_anew(self, revision: int) -> None:
+        # Race: not before, or readers would go on in what is left of the other store.
+        self.resets += self._is_reset
+        self._is_reset = False
         self._dropped += len(self._ring)
         self._ring.clear()
         self._bytes = 0
