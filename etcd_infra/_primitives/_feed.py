@@ -28,6 +28,7 @@ import logging
 from collections import deque
 from contextlib import asynccontextmanager
 from itertools import groupby
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -201,10 +202,13 @@ class Reader:
 
     Attributes:
         position: What comes after it has not been returned yet.
+        since: Who begins with the oldest message there is misses what was published after this revision; what
+            was trimmed before is none of its business.
     """
 
     def __init__(self, feed: Feed, position: Position) -> None:
         self.position = position
+        self.since = inf
         self._feed = feed
         self._resets = feed.resets
         self._number: int | None = None
@@ -329,7 +333,8 @@ class Reader:
         if not self._listed:
             self.position = max(start, Position(revision + 1))
         trimmed = TrimMark.position_in(mark.kvs)
-        if start > Position(0) and trimmed > max(start, self._told_trimmed):
+        concerns_us = start > Position(0) or trimmed.revision > self.since
+        if concerns_us and trimmed > max(start, self._told_trimmed):
             self._told_trimmed = trimmed
             raise _gap(start.revision, trimmed.revision)
 

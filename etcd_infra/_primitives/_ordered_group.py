@@ -307,6 +307,7 @@ class OrderedMessages(Generic[T]):
             raise self._group.deleted()
         self._adopt(found)
         self._counted = ""
+        self._reader.since = found.create_revision
         if self._current is None or self._current.ending is not None:
             self._reader.move(Position(self._cursor.revision, self._cursor.name))
 

@@ -330,6 +330,7 @@ class SharedMessages(Generic[T]):
         if found is None:
             raise self._group.deleted()
         self._take_floor(found)
+        self._reader.since = found.create_revision
         self._reader.move(max(self._reader.position, self._floor))
 
     def _take_floor(self, kv: KeyValue) -> None:
