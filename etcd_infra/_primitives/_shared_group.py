@@ -15,7 +15,8 @@ Algorithm
     3. Acknowledge: ``[slot, created(claim)==token, mod of what was read, no intent] → [effects, delete claim,
        progress: done]``. Give back: delete the claim. After `max_retries`: ``[slot, no claim, progress as
        seen] → [dead letter, progress: done]``.
-    4. Whoever sees that the oldest ones are all done moves the floor, and deletes their progress.
+    4. Whoever sees that the oldest ones are all done moves the floor, and deletes their progress, and that of
+       messages which were trimmed.
 
 Guarantees
     A message has one claim at a time; an acknowledgement under a claim that is gone is refused, with its
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager, contextmanager, suppress
+from heapq import nsmallest
 from math import inf
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -76,6 +78,10 @@ AHEAD: Final = 8192
 
 FLOOR_STEP: Final = 64
 """So many messages at the floor must be done before it moves."""
+
+
+FORGOTTEN_TOGETHER: Final = 16
+"""Of so many messages that were perhaps trimmed, the progress is deleted with each move of the floor."""
 
 
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -591,7 +597,7 @@ class SharedMessages(Generic[T]):
         spent = [DeleteRange(KeyRange.one(keys.progress(group, name))) for name in names]
         one = KeyRange.one(self._group.cursor_key)
         change = Change(
-            (Put(one.key, cursor.to_json()), *spent),
+            (Put(one.key, cursor.to_json()), *spent, *self._forget_trimmed()),
             (),
             (Compare.modified_at(one.key, self._cursor_seen),),
             (Range(one),),
@@ -609,6 +615,18 @@ class SharedMessages(Generic[T]):
         if not found:
             raise self._group.deleted()
         self._take_floor(found[0])
+
+    def _forget_trimmed(self) -> list[Txn]:
+        """Return what deletes the progress of messages that are gone: no floor will ever pass them."""
+        keys, group = self._group.keys, self._group.name
+        unread = (name for name in self._progress if name not in self._ahead and name not in self._claimed)
+        return [
+            Txn(
+                (Compare.absent(keys.message(name)), Compare.absent(keys.claim(group, name))),
+                (DeleteRange(KeyRange.one(keys.progress(group, name))),),
+            )
+            for name in nsmallest(FORGOTTEN_TOGETHER, unread)
+        ]
 
     async def _close(self) -> None:
         """Give back what was not acknowledged, and move the floor, in about two seconds."""
