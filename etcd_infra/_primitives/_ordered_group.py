@@ -203,7 +203,7 @@ class OrderedMessages(Generic[T]):
             if self._head is None:
                 self._head = await self._reader.next()
             record = self._head
-            if not self._group.is_for_us(record):
+            if self._is_past(record) or not self._group.is_for_us(record):
                 self._head = None
                 continue
             if self._not_before > trio.current_time():
