@@ -149,11 +149,17 @@ class Claim:
 
     async def delete(self) -> None:
         """Give the message back; an `EtcdError` means that nothing is definite."""
-        self.unguard()
-        self._over = True
+        self.disown()
         one = KeyRange.one(self.key)
         await self.session.backend.txn(Txn(self.fence.proof, (DeleteRange(one),)))
-        self.session.janitor.known_keys.discard(self.key)
+
+    def disown(self) -> None:
+        """Have nothing to do with it any more: what is left under its key is a stranger."""
+        self.unguard()
+        if not self._over:
+            # Race: only once, as the same key may be claimed again before the deletion is definite.
+            self._over = True
+            self.session.janitor.known_keys.discard(self.key)
 
     def _on_gone(self) -> None:
         self._gone = True
@@ -350,22 +356,21 @@ class SharedMessages(Generic[T]):
     # ── claiming ────────────────────────────────────────────────────────────────────────────────
 
     def _next_free(self) -> Record | None:
-        for name, handling in tuple(self._open.items()):
-            if not handling.in_scope and not handling.custody.is_held():
+        for handling in tuple(self._open.values()):
+            if handling.is_by_hand and not handling.custody.is_held():
                 handling.end(Ending.LOST)
-                self._open.pop(name)
         for name, record in self._waiting.items():
             if name not in self._claimed and name not in self._open and name not in self._busy:
                 return record
         return None
 
     def _next_deadline(self) -> float:
-        return min([handling.until for handling in self._open.values() if _is_by_hand(handling)], default=inf)
+        return min([handling.until for handling in self._open.values() if handling.is_by_hand], default=inf)
 
     async def _expire_old(self) -> None:
         now = trio.current_time()
         for handling in tuple(self._open.values()):
-            if _is_by_hand(handling) and handling.until <= now:
+            if handling.is_by_hand and handling.until <= now:
                 await handling.expire()
 
     async def _take(self, record: Record) -> GroupMessage[T] | None:
@@ -402,6 +407,7 @@ class SharedMessages(Generic[T]):
         try:
             outcome = await session.slots.write(request)
         except BaseException:
+            session.janitor.known_keys.discard(key)
             session.janitor.take_over(lambda: _unclaim(session, key, mine))
             raise
         if not outcome.applied:
@@ -495,6 +501,7 @@ class SharedMessages(Generic[T]):
         finally:
             if not isinstance(outcome, Committed):
                 claim.guard()
+                self._tell()
         if not isinstance(outcome, Committed):
             return False
         claim.session.janitor.known_keys.discard(claim.key)
@@ -530,9 +537,14 @@ class SharedMessages(Generic[T]):
         assert isinstance(claim, Claim)
         await self._release(claim, handling.record.name)
 
-    def handler_left(self) -> None:
-        """See `Desk`: a message that was taken away from it may be claimed again."""
-        self._tell()
+    def lost(self, handling: Handling) -> None:
+        """See `Desk`: anybody may take it now, this consumer, too."""
+        claim, name = handling.custody, handling.record.name
+        assert isinstance(claim, Claim)
+        if self._open.get(name) is handling:
+            claim.disown()
+            del self._open[name]
+            self._tell()
 
     async def _release_later(self, claim: Claim, name: str, delay: float) -> None:
         await trio.sleep(delay)
@@ -631,7 +643,7 @@ class SharedMessages(Generic[T]):
     async def _close(self) -> None:
         """Give back what was not acknowledged, and move the floor, in about two seconds."""
         for handling in tuple(self._open.values()):
-            handling.end(Ending.ABANDONED)
+            handling.close()
             await self.abandon(handling)
         session = self._space.sessions.session
         if session is not None and not session.lease.is_lost():
@@ -642,18 +654,12 @@ class SharedMessages(Generic[T]):
                 await self._move_floor()
 
 
-def _is_by_hand(handling: Handling) -> bool:
-    """Whether no scope of the handler's ends it in time."""
-    return handling.ending is None and not handling.in_scope
-
-
 async def _unclaim(session: Session, key: bytes, value: bytes) -> None:
     """Delete a claim of ours of which nobody knows whether it was put."""
     found = await session.backend.get(key)
     if found is not None and found.value == value:
         mine = Compare.created_at(key, found.create_revision)
         await session.backend.txn(Txn((mine,), (DeleteRange(KeyRange.one(key)),)))
-        session.janitor.known_keys.discard(key)
 
 
 def parse_progress(kv: KeyValue) -> Progress:
