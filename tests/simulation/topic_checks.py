@@ -139,6 +139,7 @@ class Group:
     claims: dict = field(default_factory=dict)
     letters: dict = field(default_factory=dict)
     passed: dict = field(default_factory=dict)  # message name -> (true seconds, revision, how, origin)
+    touched: dict = field(default_factory=dict)  # message name -> when its progress was put last
     begun: dict = field(default_factory=dict)  # (message name, attempt) -> origins
 
     def is_done(self, stored):
@@ -386,22 +387,27 @@ class TopicChecks:
         for event in changed.puts(("progress", group.name)):
             name, progress = last_segment(event.key), msgspec.json.decode(event.kv.value, type=Progress)
             before, stored = group.progress.get(name, Progress()), self.stored[name]
-            if before.done or stored.position <= group.position:
+            if (before.done or stored.position <= group.position) and not stored.deleted:
                 yield Violation("P2", f"{group.name}: {stored} has progress {progress} after its end", changed.at)
             if progress.done:
                 done.append(stored)
             else:
                 yield from self._begun(group, changed, stored, progress.attempts, before.attempts)
             group.progress[name] = progress
+            group.touched[name] = changed.at
         for event in changed.puts(("cursor", group.name)):
             yield from self._cursor(group, changed, event, done)
         for event in changed.deletes(("progress", group.name)):
             name = last_segment(event.key)
             group.progress.pop(name, None)
-            if self.stored[name].position > group.position:
+            if self.stored[name].position > group.position and not self.stored[name].deleted:
                 yield Violation("P2", f"{group.name}: the progress of {name} went before its end", changed.at)
         if changed.kinds.get(("cursor", group.name)):
-            left = [name for name in group.progress if self.stored[name].position <= group.position]
+            left = [
+                name
+                for name in group.progress
+                if self.stored[name].position <= group.position and not self.stored[name].deleted
+            ]
             if left:
                 yield Violation("left over", f"{group.name}: progress of {left} at {group.position}", changed.at)
         for stored in done:
@@ -462,10 +468,12 @@ class TopicChecks:
         if not stored.deleted:
             yield Violation("P2", f"{group.name} passed {stored} without handling it", changed.at)
             return
-        self.hit("P6", changed.at, changed.origin)
         revision = stored.position.revision
+        if revision <= group.created:
+            return  # a group that begins with the oldest there is begins after what was trimmed meanwhile
+        self.hit("P6", changed.at, changed.origin)
         if not any(
-            note.facts["after"] < revision <= note.facts["up_to"] and note.at <= changed.at
+            note.facts["after"] <= revision <= note.facts["up_to"] and note.at <= changed.at
             for note in self.losses[group.name]
         ):
             yield Violation("P6", f"{group.name} passed {stored}, which was lost, in silence", changed.at)
@@ -646,7 +654,7 @@ class TopicChecks:
                     yield Violation("P2", f"{delivery} was told that it is acknowledged: {passed}", delivery.told)
                 elif delivery.effect and (delivery.group, delivery.facts["operation"]) not in self.effects:
                     yield Violation("P3", f"{delivery} was told that its effect took place", delivery.told)
-            elif delivery.outcome in {"conflict", "not held", "raised"} and asks == [delivery]:
+            elif delivery.outcome in {"conflict", "raised"} and asks == [delivery]:
                 if passed is not None and passed[2:] == ("acknowledged", delivery.process):
                     yield Violation("P3", f"{delivery} was told that nothing was written", delivery.told)
 
@@ -728,7 +736,7 @@ class TopicChecks:
     def _hole(self, note, hole, gaps, *, oldest):
         for stored in hole:
             revision = stored.position.revision
-            told = any(gap.facts["after"] < revision <= gap.facts["up_to"] for gap in gaps)
+            told = any(gap.facts["after"] <= revision <= gap.facts["up_to"] for gap in gaps)
             gone = stored.deleted and stored.deleted <= note.revision
             # Who begins with the oldest there is misses nothing that was trimmed before.
             if not (gone and (told or oldest)):
@@ -762,6 +770,13 @@ class TopicChecks:
                 if stored.is_for(group.name) and not stored.deleted and not group.is_done(stored)
                 if self._is_needed(group, stored.position)
             ]
+            stale = [
+                name
+                for name, at in group.touched.items()
+                if name in group.progress and at < self.run.calm_at and self.stored[name].position <= group.position
+            ]
+            if stale:
+                yield Violation("left over", f"{group.name}: progress of {stale}", self.run.calm_at)
             if left:
                 yield Violation("P2", f"{group.name} at {group.position} never got {left[:3]}", self.run.calm_at)
 

@@ -376,9 +376,10 @@ class Life:
         """Hear everything from now on, or from where it began before; again and again until it is calm."""
         last = None
         while True:
-            start = self.draw.choice((None, None, 0, last))
+            start = None if self.process.calm else self.draw.choice((None, None, 0, last))
             number = self.program.next_subscription()
-            stay = inf if self.process.calm else self.draw.choice((inf, 1.0, 4.0))
+            # What was last before a restore may be long in coming again.
+            stay = inf if self.process.calm else self.draw.choice((4.0 if start else inf, 1.0, 4.0))
             self.process.note("listens", subscription=number, start=start)
             try:
                 with self.process.interruptible(), trio.move_on_after(stay):
@@ -446,7 +447,7 @@ class Life:
                     break
                 handler = Handler(self, group, message)
                 handler.tell_handed()
-                if group == SHARED and self.draw.random() < 0.7:
+                if self.draw.random() < (0.7 if group == SHARED else 0.3):
                     (outer or inner).start_soon(handler.run)
                 else:
                     await handler.run()
