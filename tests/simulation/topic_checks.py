@@ -139,7 +139,8 @@ class Group:
     claims: dict = field(default_factory=dict)
     letters: dict = field(default_factory=dict)
     passed: dict = field(default_factory=dict)  # message name -> (true seconds, revision, how, origin)
-    touched: dict = field(default_factory=dict)  # message name -> when its progress was put last
+    touched: dict = field(default_factory=dict)  # message name -> when its progress was put, or its claim went, last
+    moved: float = 0.0
     begun: dict = field(default_factory=dict)  # (message name, attempt) -> origins
 
     def is_done(self, stored):
@@ -364,6 +365,7 @@ class TopicChecks:
             name = last_segment(event.key)
             if event.is_delete:
                 group.claims.pop(name, None)
+                group.touched[name] = changed.at
                 continue
             stored = self.stored[name]
             self.hit("claim", changed.at, changed.origin)
@@ -440,7 +442,7 @@ class TopicChecks:
         between = self._between(group, old, position)
         for stored in between:
             yield from self._passed(group, changed, stored, done, last=stored.position == position)
-        group.cursor, group.position = cursor, position
+        group.cursor, group.position, group.moved = cursor, position, changed.at
         if not cursor.head:
             return
         stored = self.stored[cursor.head]
@@ -773,7 +775,7 @@ class TopicChecks:
             stale = [
                 name
                 for name, at in group.touched.items()
-                if name in group.progress and at < self.run.calm_at and self.stored[name].position <= group.position
+                if name in group.progress and at + 1.0 < group.moved and self.stored[name].position <= group.position
             ]
             if stale:
                 yield Violation("left over", f"{group.name}: progress of {stale}", self.run.calm_at)
