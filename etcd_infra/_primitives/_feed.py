@@ -219,6 +219,11 @@ class Reader:
         self._stale_reads = 0
         self._served = 0
 
+    @property
+    def resets(self) -> int:
+        """How often it went on in another store."""
+        return self._resets
+
     def move(self, position: Position) -> None:
         """Go on from another place."""
         self.position = position

@@ -53,7 +53,14 @@ from etcd_infra._primitives._handling import Effects, Ending, Handling
 from etcd_infra._primitives._who import Who, running_task
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._session.mirror import Changes, Snapshot, open_mirror
-from etcd_infra.errors import CodecError, EtcdError, LockLostError, MessagesLostError, SessionLostError
+from etcd_infra.errors import (
+    CodecError,
+    ConflictError,
+    EtcdError,
+    LockLostError,
+    MessagesLostError,
+    SessionLostError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
@@ -265,19 +272,32 @@ class SharedMessages(Generic[T]):
 
     async def _read_ahead(self) -> None:
         """Read the messages after the floor, some way ahead; until cancelled."""
+        resets = self._reader.resets
         while True:
             while len(self._waiting) >= WAITING or len(self._ahead) >= AHEAD:
                 await self._changed.wait()
             try:
+                if resets != self._reader.resets:
+                    await self._begin_anew()
+                    resets = self._reader.resets
                 record = await self._reader.next()
             except MessagesLostError as error:
                 self._lost.append(error)
-            except EtcdError as error:
+            except (EtcdError, ConflictError) as error:
                 self._lost.append(error)
                 await trio.sleep(1.0)
             else:
                 self._add(record)
             self._tell()
+
+    async def _begin_anew(self) -> None:
+        """Go by the floor of a store that was restored or wiped."""
+        found = await self._group.read_cursor()
+        if found is None:
+            raise self._group.deleted()
+        self._waiting.clear()
+        self._ahead.clear()
+        self._take_floor(found)
 
     def _add(self, record: Record) -> None:
         if record.position <= self._floor:

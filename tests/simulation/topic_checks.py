@@ -139,7 +139,9 @@ class Group:
     claims: dict = field(default_factory=dict)
     letters: dict = field(default_factory=dict)
     passed: dict = field(default_factory=dict)  # message name -> (true seconds, revision, how, origin)
-    touched: dict = field(default_factory=dict)  # message name -> when its progress was put, or its claim went, last
+    touched: dict = field(
+        default_factory=dict
+    )  # message name -> when its progress was put, or its claim went, last
     moved: float = 0.0
     begun: dict = field(default_factory=dict)  # (message name, attempt) -> origins
 
@@ -390,7 +392,9 @@ class TopicChecks:
             name, progress = last_segment(event.key), msgspec.json.decode(event.kv.value, type=Progress)
             before, stored = group.progress.get(name, Progress()), self.stored[name]
             if (before.done or stored.position <= group.position) and not stored.deleted:
-                yield Violation("P2", f"{group.name}: {stored} has progress {progress} after its end", changed.at)
+                yield Violation(
+                    "P2", f"{group.name}: {stored} has progress {progress} after its end", changed.at
+                )
             if progress.done:
                 done.append(stored)
             else:
@@ -411,7 +415,9 @@ class TopicChecks:
                 if self.stored[name].position <= group.position and not self.stored[name].deleted
             ]
             if left:
-                yield Violation("left over", f"{group.name}: progress of {left} at {group.position}", changed.at)
+                yield Violation(
+                    "left over", f"{group.name}: progress of {left} at {group.position}", changed.at
+                )
         for stored in done:
             how = self._how(group, changed, stored)
             if how is None:
@@ -530,7 +536,9 @@ class TopicChecks:
             elif letter not in ends:
                 yield Violation("dead letter", f"{group.name}: {letter} died without its end", changed.at)
             elif death.attempts != self.shape.max_retries + 1:
-                yield Violation("dead letter", f"{group.name}: {letter} died after {death.attempts}", changed.at)
+                yield Violation(
+                    "dead letter", f"{group.name}: {letter} died after {death.attempts}", changed.at
+                )
             group.letters[letter] = death
         for event in changed.deletes(("dead", group.name)):
             letter = last_segment(event.key)
@@ -596,7 +604,9 @@ class TopicChecks:
         named = [
             stored
             for stored in self.stored.values()
-            if stored.head.id == note.facts["id"] and stored.position.revision == told and stored.operation != number
+            if stored.head.id == note.facts["id"]
+            and stored.position.revision == told
+            and stored.operation != number
         ]
         self.hit("duplicate", note.at, note.process)
         if not named:
@@ -608,7 +618,11 @@ class TopicChecks:
             note.facts["operation"]: note.facts["outcome"] for note in self.run.notes if note.what == "told"
         }
         for note in self.run.notes:
-            if note.what != "message" or not note.facts["id"] or outcomes.get(note.facts["operation"]) != "done":
+            if (
+                note.what != "message"
+                or not note.facts["id"]
+                or outcomes.get(note.facts["operation"]) != "done"
+            ):
                 continue
             if not self.by_operation[note.facts["number"]]:
                 others = [stored for stored in self.stored.values() if stored.head.id == note.facts["id"]]
@@ -640,7 +654,8 @@ class TopicChecks:
                 if delivery.process not in group.begun.get((delivery.name, facts["attempt"]), ()):
                     yield Violation("attempts", f"{delivery} was never begun", delivery.at)
                 same = [one for one in before if one.facts["attempt"] == facts["attempt"]]
-                if any(one.outcome not in {"conflict", ""} for one in same):
+                # A conflict is no attempt, whatever was told about it.
+                if any(one.outcome not in {"conflict", "cancelled", ""} for one in same):
                     yield Violation("attempts", f"{delivery} has the number of {same}", delivery.at)
             before.append(delivery)
 
@@ -653,7 +668,9 @@ class TopicChecks:
             if delivery.outcome == "done" and delivery.asked is not None:
                 self.hit("P3", delivery.told, delivery.process)
                 if passed is None or passed[0] > delivery.told:
-                    yield Violation("P2", f"{delivery} was told that it is acknowledged: {passed}", delivery.told)
+                    yield Violation(
+                        "P2", f"{delivery} was told that it is acknowledged: {passed}", delivery.told
+                    )
                 elif delivery.effect and (delivery.group, delivery.facts["operation"]) not in self.effects:
                     yield Violation("P3", f"{delivery} was told that its effect took place", delivery.told)
             elif delivery.outcome in {"conflict", "raised"} and asks == [delivery]:
@@ -776,12 +793,16 @@ class TopicChecks:
             stale = [
                 name
                 for name, at in group.touched.items()
-                if name in group.progress and at + 1.0 < group.moved and self.stored[name].position <= group.position
+                if name in group.progress
+                and at + 1.0 < group.moved
+                and self.stored[name].position <= group.position
             ]
             if stale:
                 yield Violation("left over", f"{group.name}: progress of {stale}", self.run.calm_at)
             if left:
-                yield Violation("P2", f"{group.name} at {group.position} never got {left[:3]}", self.run.calm_at)
+                yield Violation(
+                    "P2", f"{group.name} at {group.position} never got {left[:3]}", self.run.calm_at
+                )
 
 
 def at_rest(simulation):

@@ -35,9 +35,21 @@ GROUPS = (ORDERED, SHARED)
 EFFECT, TOTAL, DID, COMMON = "effect/", "total/", "did/", "common"
 # What a stranger may delete or make anew: what gives a right to messages, never what says how far a group is.
 FOREIGN = tuple(
-    prefix.decode() for prefix in (NEWS.consumers(ORDERED), NEWS.claims(SHARED), NEWS.trimmers, KEYS.state(TOTAL))
+    prefix.decode()
+    for prefix in (NEWS.consumers(ORDERED), NEWS.claims(SHARED), NEWS.trimmers, KEYS.state(TOTAL))
 )
-PUBLISHING = ("publish", "publish", "publish", "named", "named", "execute", "execute", "transact", "replay", "discard")
+PUBLISHING = (
+    "publish",
+    "publish",
+    "publish",
+    "named",
+    "named",
+    "execute",
+    "execute",
+    "transact",
+    "replay",
+    "discard",
+)
 HANDLING = (
     *("transaction", "transaction", "transaction", "transaction", "crowded"),
     *("scope", "scope", "ack", "nack", "raise", "raise late", "slow", "slow transaction", "forget", "cancel"),
@@ -261,7 +273,8 @@ class Life:
         for group in GROUPS:
             while await self._unacknowledged(group):
                 await trio.sleep(0.2)
-        await self._look_after(number, receipt)
+        if receipt is not None:  # what was heard may be unconfirmed all the same
+            await self._look_after(number, receipt)
 
     async def _look_after(self, number, receipt):
         """Tell which groups have acknowledged a message."""
@@ -313,13 +326,21 @@ class Life:
         self._tell_message(number, number, mode, message_id)
         receipt = await self.topic.publish({"op": number}, delivery=mode, message_id=message_id)
         self.process.note(
-            "receipt", operation=number, revision=receipt.revision, duplicate=receipt.is_duplicate, id=message_id
+            "receipt",
+            operation=number,
+            revision=receipt.revision,
+            duplicate=receipt.is_duplicate,
+            id=message_id,
         )
         if self.draw.random() < 0.2:
             with trio.move_on_after(2.0):
                 await receipt.wait_acknowledged()
             self.process.note(
-                "acknowledged", number=number, by=receipt.acknowledged_by, missing=None, duplicate=receipt.is_duplicate
+                "acknowledged",
+                number=number,
+                by=receipt.acknowledged_by,
+                missing=None,
+                duplicate=receipt.is_duplicate,
             )
         return receipt
 

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import trio
 
-from etcd_infra import LockLostError, MessagesLostError, NotHeldError, Retention
+from etcd_infra import ConflictError, LockLostError, MessagesLostError, NotHeldError, Retention
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Txn
 from etcd_infra._primitives import _shared_group
@@ -55,7 +55,10 @@ async def test_list_that_is_newer_than_the_watch_is_read_once(etcd, autojump_clo
     reader = Reader(feed, Position(0))
     assert [one.revision for one in receipts] == [(await reader.next()).position.revision for _ in range(3)]
 
-    async with node.watch(feed.messages, start_revision=receipts[1].revision) as stream, trio.open_nursery() as nursery:
+    async with (
+        node.watch(feed.messages, start_revision=receipts[1].revision) as stream,
+        trio.open_nursery() as nursery,
+    ):
         found = []
 
         async def read():
@@ -97,6 +100,25 @@ async def test_reader_follows_a_restored_store(etcd, autojump_clock):
             nursery.cancel_scope.cancel()
     assert ["lost", "after"] == heard[-2:]
     assert 1 == heard.count("lost")
+
+
+async def test_wiped_store_has_no_group(etcd, autojump_clock):
+    """A consumer that shares work in a store that was wiped is told that its group is gone, not left to wait."""
+    async with open_infra(etcd.node("one")) as infra:
+        topic = infra.topic("orders")
+        empty = etcd.back_up()
+        for number in range(20):
+            await topic.publish(number)
+        async with topic.subscribe(group="g", shared=True) as inbox:
+            etcd.restore(empty)
+            with pytest.raises(MessagesLostError):
+                await following(inbox)
+            with pytest.raises(ConflictError):
+                await following(inbox)
+        async with topic.subscribe(group="g", shared=True) as inbox:
+            await topic.publish("x")
+            async with await following(inbox) as message:
+                assert "x" == message.payload
 
 
 @both_kinds
@@ -143,23 +165,20 @@ async def test_what_was_done_without_us_is_not_claimed(etcd, autojump_clock):
                 await message.ack()
 
         nursery.start_soon(consume)
-        backend.only = lambda verb, _: verb in {"lease_grant", "lease_keep_alive"}
+        backend.only = lambda verb, _: verb == "lease_grant"
         for _ in range(100):
             backend.refuse_next()
         await two.backend.lease_revoke(one.session.lease.id)
         await trio.sleep(2)
         await two.topic("orders").publish("x")
         await trio.sleep(1)
-        async with (
-            two.topic("orders").subscribe(group="g", shared=True) as other,
-            await following(other) as message,
-        ):
-            assert "x" == message.payload
-        await trio.sleep(1)
-        backend.stop()
-        await two.topic("orders").publish("y")
-        await trio.sleep(60)
-        assert ["y"] == handed
+        async with two.topic("orders").subscribe(group="g", shared=True) as other:
+            async with await following(other) as message:
+                assert "x" == message.payload
+            await trio.sleep(1)
+            backend.stop()
+            await trio.sleep(60)
+        assert [] == handed
         nursery.cancel_scope.cancel()
 
 
