@@ -146,7 +146,7 @@ class Handling:
             self._deadline.cancel()
 
     async def wait_settled(self) -> None:
-        """Wait until it has ended and nothing is written for it; end it if its time is over and nobody else does."""
+        """Wait until it has ended and nothing is written for it; end it if its time is over."""
         while self.ending is None or self._writes:
             news = self._news
             with trio.move_on_at(self.until if self.is_by_hand else inf):

@@ -372,6 +372,7 @@ class SharedMessages(Generic[T]):
             if position > self._floor:
                 break
             self._forget(name)
+        self._tell()
 
     # ── claiming ────────────────────────────────────────────────────────────────────────────────
 
@@ -492,6 +493,7 @@ class SharedMessages(Generic[T]):
         elif not message and name in self._waiting:
             lost = self._ahead[name].revision
             self._forget(name)
+            self._tell()
             raise MessagesLostError(f"message {name!r} was deleted unread", lost - 1, lost)
         elif not claim and not progress:
             self._progress.pop(name, None)

@@ -196,7 +196,7 @@ async def test_acknowledgement_that_takes_long_is_waited_for(etcd, autojump_cloc
         await trio.sleep(0.9)
         backend.delay_next(1.0)
         nursery.start_soon(message.ack)
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         assert await nothing_comes(inbox)
 
 
@@ -215,7 +215,7 @@ async def test_giving_back_that_takes_long_is_waited_for(etcd, autojump_clock, s
         message = await following(inbox)
         backend.delay_next(1.0)
         nursery.start_soon(message.nack)
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         async with await following(inbox) as after:
             assert (1, 1) == (after.payload, after.attempt)
         assert await nothing_comes(inbox)
@@ -325,6 +325,25 @@ async def test_progress_of_trimmed_messages_goes(autojump_clock, infra, etcd, mo
         async with await following(inbox):
             pass
     assert [] == keys_of(etcd, KEYS.progress("g", ""))
+
+
+async def test_reading_ahead_goes_on_after_a_loss(autojump_clock, infra, etcd, monkeypatch):
+    """A consumer that was full of messages which are gone reads on, and gets those that are there."""
+    monkeypatch.setattr(_shared_group, "WAITING", 1)
+    topic = infra.topic("orders", retention=Retention(count=2, unacknowledged=True))
+    async with topic.subscribe(group="g", shared=True) as inbox:
+        for number in range(6):
+            await topic.publish(number)
+        await trimmed_to(etcd, 2)
+        found = []
+        while 5 not in found:
+            try:
+                async with await following(inbox) as message:
+                    found.append(message.payload)
+            except MessagesLostError:
+                found.append("lost")
+    assert [4, 5] == found[-2:]
+    assert "lost" in found
 
 
 async def test_duplicate_is_told_by_the_refusal_itself(etcd, autojump_clock):
