@@ -73,8 +73,7 @@ def ring_reaches_too_far():
     def forgetful(self, batch):
         before = self.floor
         take(self, batch)
-        if self.floor > before:
-            self.floor = before
+        self.floor = min(self.floor, before)
 
     return replaced(Feed, "_take", forgetful)
 

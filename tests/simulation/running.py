@@ -29,7 +29,9 @@ from tests.simulation.state_checks import STATE
 from tests.simulation.topic_checks import TOPICS
 from tests.simulation.transaction_checks import TRANSACTIONS
 
-WORKLOADS = {workload.name: workload for workload in (LOCKS, LOCK_FAMILY, STATE, TRANSACTIONS, ELECTIONS, TOPICS)}
+WORKLOADS = {
+    workload.name: workload for workload in (LOCKS, LOCK_FAMILY, STATE, TRANSACTIONS, ELECTIONS, TOPICS)
+}
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.jsonl")
