@@ -135,7 +135,6 @@ class OrderedMessages(Generic[T]):
             self._seen = None
         if self._seen is None:
             await self._read_cursor()
-            self._head = None
         return self._hold
 
     async def _wait_turn(self) -> Hold | None:
@@ -193,7 +192,6 @@ class OrderedMessages(Generic[T]):
         while True:
             if self._seen is None:
                 await self._read_cursor()
-                self._head = None
             if self._head is None:
                 self._head = await self._reader.next()
             record = self._head
@@ -308,7 +306,9 @@ class OrderedMessages(Generic[T]):
         self._adopt(found)
         self._counted = ""
         self._reader.since = found.create_revision
+        # What is handled now is still the head when it is not acknowledged.
         if self._current is None or self._current.ending is not None:
+            self._head = None
             self._reader.move(Position(self._cursor.revision, self._cursor.name))
 
     def _adopt(self, kv: KeyValue) -> None:

@@ -7,7 +7,14 @@ from random import Random
 import pytest
 import trio
 
-from etcd_infra import ConflictError, LockLostError, MessagesLostError, NotHeldError, Retention
+from etcd_infra import (
+    ConflictError,
+    LockLostError,
+    MessagesLostError,
+    NotHeldError,
+    Retention,
+    StorageFullError,
+)
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Txn
 from etcd_infra._primitives import _shared_group
@@ -198,6 +205,27 @@ async def test_acknowledgement_that_takes_long_is_waited_for(etcd, autojump_cloc
         nursery.start_soon(message.ack)
         await trio.lowlevel.checkpoint()
         assert await nothing_comes(inbox)
+
+
+@both_kinds
+async def test_acknowledgement_that_was_refused(etcd, autojump_clock, shared):
+    """A message whose acknowledgement etcd has refused is delivered again, before those after it in an ordered group."""
+    async with (
+        open_infra(etcd.node("one")) as infra,
+        infra.topic("orders").subscribe(group="g", shared=shared, ack_after=5.0) as inbox,
+    ):
+        for number in range(2):
+            await infra.topic("orders").publish(number)
+        message = await following(inbox)
+        etcd.store.full = True
+        with pytest.raises(StorageFullError):
+            await message.ack()
+        etcd.store.full = False
+        found = []
+        for _ in range(2):
+            async with await following(inbox) as after:
+                found.append((after.payload, after.attempt))
+        assert ([(1, 1), (0, 2)] if shared else [(0, 2), (1, 1)]) == found
 
 
 @both_kinds
