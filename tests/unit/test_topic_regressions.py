@@ -16,10 +16,11 @@ from etcd_infra import (
     StorageFullError,
 )
 from etcd_infra._etcd.keys import Keys
-from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Txn
+from etcd_infra._etcd.model import DeleteRange, KeyRange, KeyValue, Put, RangeResult, Txn
 from etcd_infra._primitives import _shared_group
 from etcd_infra._primitives._envelope import Position
 from etcd_infra._primitives._feed import Feed, Reader
+from etcd_infra._primitives._trimmer import Trimmer
 from etcd_infra.testing import FaultyBackend, RecordingBackend
 from tests.conftest import NAMESPACE, open_infra
 
@@ -353,6 +354,17 @@ async def test_progress_of_trimmed_messages_goes(autojump_clock, infra, etcd, mo
         async with await following(inbox):
             pass
     assert [] == keys_of(etcd, KEYS.progress("g", ""))
+
+
+async def test_cut_revision_waits_for_the_rest_of_its_chunk(autojump_clock, infra):
+    """Of a revision that the end of a chunk cuts nothing goes while a group still needs what comes before it."""
+    trimmer = Trimmer(infra.topic("orders")._space, "orders", KEYS, Retention(count=1))
+    kvs = tuple(
+        KeyValue(KEYS.message(f"{at:016x}-x"), b"", create_revision=revision) for at, revision in enumerate((48, 45))
+    )
+    assert [] == trimmer._spent(RangeResult(kvs, 9, more=True, revision=99), Position(46))
+    alone = RangeResult(kvs[1:], 9, more=True, revision=99)
+    assert [Position(45, f"{1:016x}-x")] == trimmer._spent(alone, Position(46))
 
 
 async def test_reading_ahead_goes_on_after_a_loss(autojump_clock, infra, etcd, monkeypatch):
