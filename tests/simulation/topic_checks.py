@@ -318,7 +318,7 @@ class TopicChecks:
                 self.marked.append((changed.revision, message_id, event.kv.value.decode()))
 
     def _trimmed(self, changed):
-        """Check that what goes is the beginning of the order, with a mark, and nothing that is needed."""
+        """Check that whole revisions go, the oldest by their publishers' clocks, with a mark, and nothing needed."""
         gone = sorted(
             self.stored[last_segment(event.key)].position for event in changed.deletes(("message", ""))
         )
@@ -326,17 +326,15 @@ class TopicChecks:
         if not gone and not marks:
             return
         self.hit("trim", changed.at, changed.origin)
-        left = [self.stored[name] for _, name in self.order if not self.stored[name].deleted]
-        first = [stored.position for stored in left[: len(gone)]]
-        mark = json.loads(marks[0].kv.value) if marks else {}
-        if gone != first:
-            yield Violation("trim", f"{gone} were trimmed, and not {first}", changed.at)
-        if gone and (mark.get("revision"), mark.get("name")) != gone[-1]:
+        mark = Position(**json.loads(marks[0].kv.value)) if marks else BEGINNING
+        self.trimmed = max(self.trimmed, *gone)
+        if mark != self.trimmed:
             yield Violation("trim", f"{gone} were trimmed, and the mark is {mark}", changed.at)
         for position in gone:
             self.stored[position.name].deleted = changed.revision
-        left = left[len(gone) :]
-        if left and gone and left[0].position.revision == gone[-1].revision:
+        left = [self.stored[name] for _, name in self.order if not self.stored[name].deleted]
+        revisions = {position.revision for position in gone}
+        if any(stored.position.revision in revisions for stored in left):
             yield Violation("trim", f"half of a revision was trimmed: {gone}", changed.at)
         if len(left) < self.shape.count:
             yield Violation("trim", f"{len(left)} of {self.shape.count} are left", changed.at)
@@ -714,7 +712,7 @@ class TopicChecks:
         public = [stored for _, name in self.order if not (stored := self.stored[name]).head.group]
         places = [(stored.position.revision, stored.index) for stored in public]
         stale = any(strike.kind is FaultKind.STALE_READ for strike in self.run.strikes)
-        began, entered, at = {}, {}, {}
+        began, entered, at, looks = {}, {}, {}, {}
         gaps = defaultdict(list)
         for note in self.run.notes:
             number = note.facts.get("subscription")
@@ -723,6 +721,7 @@ class TopicChecks:
             elif note.what == "listening":
                 entered[number] = note.revision
             elif note.what == "missed":
+                self.hit("gap", note.at, note.process)
                 gaps[number].append(note)
             elif note.what == "hears":
                 self.hit("P6", note.at, note.process)
@@ -738,7 +737,9 @@ class TopicChecks:
                 if number not in at and index < least and not stale:
                     yield Violation("P4", f"{note} heard what came before it began", note.at)
                 hole = public[at[number] + 1 if number in at else first : index]
-                yield from self._hole(note, hole, gaps.pop(number, []), oldest=number not in at)
+                # Who begins with the oldest there is misses nothing that was trimmed before it looked.
+                looked = looks.setdefault(number, note.revision if began[number].facts["start"] == 0 else 0)
+                yield from self._hole(note, hole, gaps[number], looked)
                 at[number] = index
 
     @staticmethod
@@ -750,16 +751,14 @@ class TopicChecks:
             return index, index
         return bisect_right(places, (note.revision, 1 << 30)), bisect_right(places, (entered, 1 << 30))
 
-    def _hole(self, note, hole, gaps, *, oldest):
+    @staticmethod
+    def _hole(note, hole, gaps, looked):
         for stored in hole:
             revision = stored.position.revision
             told = any(gap.facts["after"] <= revision <= gap.facts["up_to"] for gap in gaps)
             gone = stored.deleted and stored.deleted <= note.revision
-            # Who begins with the oldest there is misses nothing that was trimmed before.
-            if not (gone and (told or oldest)):
+            if not (gone and (told or stored.deleted <= looked)):
                 yield Violation("P6", f"{note} did not hear {stored}; told: {gaps}", note.at)
-        for gap in gaps:
-            self.hit("gap", gap.at, gap.process)
 
     # ── receipts, and the end ───────────────────────────────────────────────────────────────────
 

@@ -12,7 +12,7 @@ import trio
 from etcd_infra import Delivery, Publish, Retention, Set, open_coordinator
 from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
-from etcd_infra._primitives import _feed, _shared_group, _trimmer
+from etcd_infra._primitives import _feed, _message_names, _shared_group, _trimmer
 from etcd_infra._wrappers.grouped import Grouped
 from etcd_infra.errors import (
     AckTimeoutError,
@@ -64,8 +64,8 @@ BUFFERS = {
         (_shared_group, "WAITING"): 6,
         (_shared_group, "AHEAD"): 24,
         (_shared_group, "FLOOR_STEP"): 3,
-        (_trimmer, "CHUNK"): 4,
-        (_trimmer, "LISTED_TOGETHER"): 40,
+        (_message_names, "NAMES_TOGETHER"): 7,
+        (_trimmer, "CHUNK"): 16,
         (_trimmer, "LOOK_SECONDS"): 0.5,
     },
     "tiny": {
@@ -75,8 +75,8 @@ BUFFERS = {
         (_shared_group, "WAITING"): 3,
         (_shared_group, "AHEAD"): 9,
         (_shared_group, "FLOOR_STEP"): 1,
-        (_trimmer, "CHUNK"): 1,
-        (_trimmer, "LISTED_TOGETHER"): 40,
+        (_message_names, "NAMES_TOGETHER"): 2,
+        (_trimmer, "CHUNK"): 12,
         (_trimmer, "LOOK_SECONDS"): 0.3,
     },
 }
