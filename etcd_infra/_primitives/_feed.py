@@ -324,8 +324,10 @@ class Reader:
         """List what comes after the position; what came before a trimmer's mark is missing."""
         start, backend = self.position, self._feed.backend
         self._number = None
+        # Race: the floor as it is now; while page after page is read it moves on.
+        least = max(self._feed.floor.revision, start.revision) - 1
         positions, revision = await list_positions(backend, self._feed.messages, start.revision)
-        self._check_fresh(revision, max(self._feed.floor.revision, start.revision) - 1)
+        self._check_fresh(revision, least)
         mark = await backend.range(Range(KeyRange.one(self._feed.keys.trimmed)))
         self._check_fresh(mark.revision, revision)
         self._listed_at = revision

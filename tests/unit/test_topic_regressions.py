@@ -17,7 +17,8 @@ from etcd_infra import (
 )
 from etcd_infra._etcd.keys import Keys
 from etcd_infra._etcd.model import DeleteRange, KeyRange, KeyValue, Put, RangeResult, Txn
-from etcd_infra._primitives import _shared_group
+from etcd_infra._etcd.wrapping import Wrapping
+from etcd_infra._primitives import _feed, _message_names, _shared_group
 from etcd_infra._primitives._envelope import Position
 from etcd_infra._primitives._feed import Feed, Reader
 from etcd_infra._primitives._trimmer import Trimmer
@@ -80,6 +81,41 @@ async def test_list_that_is_newer_than_the_watch_is_read_once(etcd, autojump_clo
         while feed.get(2) is None:
             feed._take(await stream.receive())
     assert [last.revision] == found
+
+
+async def test_list_that_takes_long_is_not_stale(autojump_clock, infra, etcd, monkeypatch):
+    """While a long topic is listed page by page others publish on: that is no stale read, and no restored store."""
+    monkeypatch.setattr(_message_names, "NAMES_TOGETHER", 50)
+    monkeypatch.setattr(_feed, "RING_MESSAGES", 1)
+    topic, backend = infra.topic("orders"), Slow(etcd.node("two"))
+    for number in range(10):
+        await topic.publish(number)
+    heard = []
+
+    async def publish():
+        for number in range(10, 600):
+            await topic.publish(number)
+            await trio.sleep(0.05)
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_infra(backend, seed=2) as other,
+        other.topic("orders").subscribe(from_revision=0) as inbox,
+    ):
+        nursery.start_soon(publish)
+        while len(heard) < 600:
+            heard.append((await following(inbox)).payload)
+    assert list(range(600)) == heard
+
+
+class Slow(Wrapping):
+    """Reads take a moment."""
+
+    async def around(self, verb, request, call):
+        """See `Wrapping`."""
+        if verb == "range":
+            await trio.sleep(1)
+        return await call()
 
 
 async def test_reader_follows_a_restored_store(etcd, autojump_clock):
