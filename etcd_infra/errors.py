@@ -113,8 +113,8 @@ class MessagesLostError(LostError):
     Messages are gone that were never delivered here; iteration may go on after them.
 
     Attributes:
-        after: Revisions up to this one are not concerned.
-        up_to: Nor are those after this one.
+        after: Revisions before this one are not concerned; of this one some messages may have been delivered.
+        up_to: Nor are revisions after this one.
     """
 
     def __init__(self, message: str, after: int = 0, up_to: int = 0) -> None:

@@ -28,6 +28,7 @@ import logging
 from collections import deque
 from contextlib import asynccontextmanager
 from itertools import groupby
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -85,6 +86,7 @@ class Feed:
         self.resets = 0
         self.error: EtcdError | None = None
         self._ring: deque[Record] = deque()
+        self._is_reset = False
         self._dropped = 0
         self._bytes = 0
         self._changed = trio.Event()
@@ -103,6 +105,11 @@ class Feed:
             else:
                 high = middle
         return self._dropped + low
+
+    def is_before(self, number: int, position: Position) -> bool:
+        """Whether the message of a number was dropped, or is not after `position`."""
+        at = number - self._dropped
+        return at < 0 or (at < len(self._ring) and self._ring[at].position <= position)
 
     def get(self, number: int) -> Record | None:
         """Return the message of a number that is in the ring; None: it has not come yet."""
@@ -131,7 +138,7 @@ class Feed:
                 logger.info("%r fell behind etcd's history: %s", self.keys.root, error)
             except StoreResetError as error:
                 logger.warning("%r is read from another store: %s", self.keys.root, error)
-                self.resets += 1
+                self._is_reset = True
             except UnavailableError as error:
                 logger.info("%r can not be watched at the moment: %s", self.keys.root, error)
             except EtcdError as error:
@@ -143,6 +150,9 @@ class Feed:
             failures += 1
 
     def _begin_anew(self, revision: int) -> None:
+        # Race: not before, or readers would go on in what is left of the other store.
+        self.resets += self._is_reset
+        self._is_reset = False
         self._dropped += len(self._ring)
         self._ring.clear()
         self._bytes = 0
@@ -192,10 +202,13 @@ class Reader:
 
     Attributes:
         position: What comes after it has not been returned yet.
+        since: Who begins with the oldest message there is misses what was published after this revision; what
+            was trimmed before is none of its business.
     """
 
     def __init__(self, feed: Feed, position: Position) -> None:
         self.position = position
+        self.since = inf
         self._feed = feed
         self._resets = feed.resets
         self._number: int | None = None
@@ -205,6 +218,11 @@ class Reader:
         self._told_trimmed = Position(0)
         self._stale_reads = 0
         self._served = 0
+
+    @property
+    def resets(self) -> int:
+        """How often it went on in another store."""
+        return self._resets
 
     def move(self, position: Position) -> None:
         """Go on from another place."""
@@ -269,7 +287,8 @@ class Reader:
             await trio.lowlevel.checkpoint()
 
     def _number_of_next(self) -> int:
-        if self._number is None:
+        # Race: a list may be newer than the ring, which then still gets what was listed.
+        if self._number is None or self._feed.is_before(self._number, self.position):
             self._number = self._feed.number_after(self.position)
         return self._number
 
@@ -305,8 +324,10 @@ class Reader:
         """List what comes after the position; what came before a trimmer's mark is missing."""
         start, backend = self.position, self._feed.backend
         self._number = None
+        # Race: the floor as it is now; while page after page is read it moves on.
+        least = max(self._feed.floor.revision, start.revision) - 1
         positions, revision = await list_positions(backend, self._feed.messages, start.revision)
-        self._check_fresh(revision, max(self._feed.floor.revision, start.revision) - 1)
+        self._check_fresh(revision, least)
         mark = await backend.range(Range(KeyRange.one(self._feed.keys.trimmed)))
         self._check_fresh(mark.revision, revision)
         self._listed_at = revision
@@ -319,7 +340,8 @@ class Reader:
         if not self._listed:
             self.position = max(start, Position(revision + 1))
         trimmed = TrimMark.position_in(mark.kvs)
-        if start > Position(0) and trimmed > max(start, self._told_trimmed):
+        concerns_us = start > Position(0) or trimmed.revision > self.since
+        if concerns_us and trimmed > max(start, self._told_trimmed):
             self._told_trimmed = trimmed
             raise _gap(start.revision, trimmed.revision)
 

@@ -7,7 +7,7 @@ is written (`Desk`); when a handler is cancelled, and what becomes of its messag
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
@@ -28,7 +28,7 @@ from etcd_infra.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
@@ -93,8 +93,8 @@ class Desk(Protocol):
         """Let go of a message whose handler was cancelled, in two seconds at most."""
         ...
 
-    def handler_left(self) -> None:
-        """Hear that a handler's scope has ended, in whatever way."""
+    def lost(self, handling: Handling) -> None:
+        """Take in that a message was taken away."""
         ...
 
 
@@ -104,7 +104,6 @@ class Handling:
 
     Attributes:
         ending: How it ended; None: it has not.
-        ended: Set when it has.
         in_scope: Whether a handler runs that is cancelled in time.
     """
 
@@ -116,8 +115,8 @@ class Handling:
         self.attempt = attempt
         self.until = until
         self.ending: Ending | None = None
-        self.ended = trio.Event()
-        self._left = trio.Event()
+        self._news = trio.Event()
+        self._writes = 0
         self._deadline = trio.CancelScope(deadline=until)
         self.in_scope = False
         self._desk = desk
@@ -125,18 +124,40 @@ class Handling:
         self._scopes: list[AbstractAsyncContextManager[None]] = []
         self._conflicted = False
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether it is open, no scope of the handler's ends it in time, and nothing is written for it now."""
+        return self.ending is None and not self.in_scope and not self._writes
+
     def end(self, how: Ending) -> None:
-        """Note how it ended; only the first time counts."""
-        if self.ending is None:
+        """Note how it ended; only the first time counts, unless it turns out that it is acknowledged."""
+        if self.ending is None or how is Ending.ACKNOWLEDGED:
             self.ending = how
-            self.ended.set()
             if how is not Ending.EXPIRED:
                 self._deadline.deadline = inf
+            if how is Ending.LOST:
+                self._desk.lost(self)
+            self._tell()
+
+    def close(self) -> None:
+        """End it because its subscription is closed: a handler that runs is cancelled."""
+        self.end(Ending.ABANDONED)
+        if self.in_scope and self.ending is Ending.ABANDONED:
+            self._deadline.cancel()
+
+    async def wait_settled(self) -> None:
+        """Wait until it has ended and nothing is written for it; end it if its time is over."""
+        while self.ending is None or self._writes:
+            news = self._news
+            with trio.move_on_at(self.until if self.is_by_hand else inf):
+                await news.wait()
+            if self.is_by_hand and self.until <= trio.current_time():
+                await self.expire()
 
     async def wait_left(self) -> None:
-        """Wait until no handler runs."""
-        if self.in_scope:
-            await self._left.wait()
+        """Wait until no handler runs, and nothing is written for it."""
+        while self.in_scope or self._writes:
+            await self._news.wait()
 
     # ── what a handler may do ───────────────────────────────────────────────────────────────────
 
@@ -152,8 +173,7 @@ class Handling:
             msg = f"a delay must be a number of seconds, at least 0, not {delay!r}"
             raise ValueError(msg)
         self._check_open()
-        self.end(Ending.GIVEN_BACK)
-        await self._desk.give_back(self, delay, "", counts=True)
+        await self._give_back(Ending.GIVEN_BACK, delay, "", counts=True)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     @asynccontextmanager
@@ -194,16 +214,37 @@ class Handling:
             msg = f"message {self.record.name!r} is not to be handled any more: {self.ending.name.lower()}"
             raise NotHeldError(msg)
 
+    def _tell(self) -> None:
+        news, self._news = self._news, trio.Event()
+        news.set()
+
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        # Race: the next message must not be begun before what is written for this one is definite.
+        self._writes += 1
+        try:
+            yield
+        finally:
+            self._writes -= 1
+            self._tell()
+
+    async def _give_back(self, how: Ending, delay: float, reason: str, *, counts: bool) -> None:
+        with self._writing():
+            self.end(how)
+            await self._desk.give_back(self, delay, reason, counts=counts)
+
     async def _settle(self, effects: Effects) -> None:
         self._check_open()
-        try:
-            applied = await self._desk.acknowledge(self, effects)
-        except FencedError as error:
-            self.end(Ending.LOST)
-            raise self.custody.loss() from error
+        with self._writing():
+            try:
+                applied = await self._desk.acknowledge(self, effects)
+            except FencedError as error:
+                self.end(Ending.LOST)
+                raise self.custody.loss() from error
+            if applied:
+                self.end(Ending.ACKNOWLEDGED)
         if not applied:
             raise self._conflict()
-        self.end(Ending.ACKNOWLEDGED)
 
     def _conflict(self) -> ConflictError:
         self._conflicted = True
@@ -232,8 +273,7 @@ class Handling:
             raise
         finally:
             self.in_scope = False
-            self._left.set()
-            self._desk.handler_left()
+            self._tell()
         await self._cut_short()
 
     async def _failed(self, error: Exception) -> None:
@@ -244,10 +284,8 @@ class Handling:
             return
         if self.ending is not None:
             return
-        self.end(Ending.GIVEN_BACK)
         try:
-            counts = not self._conflicted
-            await self._desk.give_back(self, 0.0, type(error).__name__, counts=counts)
+            await self._give_back(Ending.GIVEN_BACK, 0.0, type(error).__name__, counts=not self._conflicted)
         except EtcdInfraError as problem:
             error.add_note(f"and giving the message back failed: {problem}")
 
@@ -256,6 +294,9 @@ class Handling:
         if self.ending is Ending.LOST or (self.ending is None and not self.custody.is_held()):
             self.end(Ending.LOST)
             raise self.custody.loss()
+        if self.ending is Ending.ABANDONED:
+            msg = f"the subscription to message {self.record.name!r} was closed; it was not acknowledged"
+            raise NotHeldError(msg)
         if self.ending is None:
             await self.expire()
             msg = f"message {self.record.name!r} was not acknowledged in time (attempt {self.attempt})"
@@ -263,8 +304,7 @@ class Handling:
 
     async def expire(self) -> None:
         """End it because its time is over: it is delivered again."""
-        self.end(Ending.EXPIRED)
-        await self._desk.give_back(self, 0.0, AckTimeoutError.__name__, counts=True)
+        await self._give_back(Ending.EXPIRED, 0.0, AckTimeoutError.__name__, counts=True)
 
 
 def _effects(run: Transaction) -> Effects:

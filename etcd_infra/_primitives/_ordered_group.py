@@ -44,7 +44,8 @@ from etcd_infra._primitives._turn import come_first
 from etcd_infra._primitives._waitqueue import Spot
 from etcd_infra._primitives._who import introduce
 from etcd_infra._primitives.fence import Fence
-from etcd_infra.errors import EtcdInfraError, FencedError, LockLostError, SessionLostError
+from etcd_infra._session.keepalive import clean_up_deadline
+from etcd_infra.errors import EtcdInfraError, FencedError, LockLostError, NotHeldError, SessionLostError
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.model import KeyValue
@@ -122,7 +123,7 @@ class OrderedMessages(Generic[T]):
     async def close(self) -> None:
         """Let the next consumer begin, within two seconds."""
         if self._current is not None:
-            self._current.end(Ending.ABANDONED)
+            self._current.close()
         await self._let_go()
 
     # ── the active consumer ─────────────────────────────────────────────────────────────────────
@@ -134,7 +135,6 @@ class OrderedMessages(Generic[T]):
             self._seen = None
         if self._seen is None:
             await self._read_cursor()
-            self._head = None
         return self._hold
 
     async def _wait_turn(self) -> Hold | None:
@@ -159,12 +159,13 @@ class OrderedMessages(Generic[T]):
 
     async def _let_go(self) -> None:
         hold, self._hold = self._hold, None
-        if self._current is not None:
-            self._current.end(Ending.LOST)
-            await self._current.wait_left()
-        self._current = None
         if hold is None:
             return
+        current, self._current = self._current, None
+        if current is not None:
+            current.end(Ending.LOST)
+            with trio.move_on_at(clean_up_deadline(), shield=True):
+                await current.wait_left()
         if hold.is_held() and self._counted and self._seen is not None:
             await self._take_back_count(hold)
         self._counted = ""
@@ -183,27 +184,18 @@ class OrderedMessages(Generic[T]):
     # ── handing over ────────────────────────────────────────────────────────────────────────────
 
     async def _wait_settled(self) -> None:
-        current = self._current
-        if current is None:
-            return
-        if not current.in_scope:
-            with trio.move_on_at(current.until):
-                await current.ended.wait()
-        if current.in_scope:
-            await current.ended.wait()
-        if current.ending is None:
-            await current.expire()
-        self._current = None
+        if self._current is not None:
+            await self._current.wait_settled()
+            self._current = None
 
     async def _hand_over(self, hold: Hold) -> GroupMessage[T]:
         while True:
             if self._seen is None:
                 await self._read_cursor()
-                self._head = None
             if self._head is None:
                 self._head = await self._reader.next()
             record = self._head
-            if not self._group.is_for_us(record):
+            if self._is_past(record) or not self._group.is_for_us(record):
                 self._head = None
                 continue
             if self._not_before > trio.current_time():
@@ -235,6 +227,7 @@ class OrderedMessages(Generic[T]):
             cursor = Cursor(*record.position)
         else:
             cursor = msgspec.structs.replace(self._cursor, head=record.name, attempts=tried + 1)
+        self._counted = ""
         if await self._write(hold, cursor):
             return tried + 1
         self._catch_up(record)
@@ -270,15 +263,20 @@ class OrderedMessages(Generic[T]):
         cursor = Cursor(*record.position)
         if following:
             cursor = Cursor(*record.position, head=following.name, attempts=1)
+        had_effects = bool(effects.ops)
         effects = Effects((*effects.ops, *self._group.resurrection(record)), effects.keys, effects.conditions)
         while self._seen is None or not self._is_past(record):
             seen = self._seen
             if await self._write(hold, cursor, effects):
                 self._counted = cursor.head
-                break
+                self._head = None
+                return True
             if self._seen == seen:
                 return False
         self._head = None
+        if had_effects:
+            msg = f"message {record.name!r} was acknowledged before, without these effects"
+            raise NotHeldError(msg)
         return True
 
     async def give_back(self, handling: Handling, delay: float, reason: str, *, counts: bool) -> None:
@@ -296,8 +294,8 @@ class OrderedMessages(Generic[T]):
     async def abandon(self, handling: Handling) -> None:
         """See `Desk`: nothing to do, the attempt is counted and the cursor stands before it."""
 
-    def handler_left(self) -> None:
-        """See `Desk`: whoever waits for it waits for the handling itself."""
+    def lost(self, handling: Handling) -> None:
+        """See `Desk`: nothing to do, the place in line is lost, too."""
 
     # ── the cursor ──────────────────────────────────────────────────────────────────────────────
 
@@ -307,7 +305,10 @@ class OrderedMessages(Generic[T]):
             raise self._group.deleted()
         self._adopt(found)
         self._counted = ""
+        self._reader.since = found.create_revision
+        # What is handled now is still the head when it is not acknowledged.
         if self._current is None or self._current.ending is not None:
+            self._head = None
             self._reader.move(Position(self._cursor.revision, self._cursor.name))
 
     def _adopt(self, kv: KeyValue) -> None:
@@ -333,7 +334,8 @@ class OrderedMessages(Generic[T]):
         self._seen = None
         outcome = await commit(self._space.sessions, self._space.keys, fit(change))
         if isinstance(outcome, Committed):
-            self._cursor, self._seen = cursor, outcome.revision
+            if self._hold is hold:
+                self._cursor, self._seen = cursor, outcome.revision
             return True
         found = found_in(outcome.reads[0])
         if not found:

@@ -15,7 +15,8 @@ Algorithm
     3. Acknowledge: ``[slot, created(claim)==token, mod of what was read, no intent] → [effects, delete claim,
        progress: done]``. Give back: delete the claim. After `max_retries`: ``[slot, no claim, progress as
        seen] → [dead letter, progress: done]``.
-    4. Whoever sees that the oldest ones are all done moves the floor, and deletes their progress.
+    4. Whoever sees that the oldest ones are all done moves the floor, and deletes their progress, and that of
+       messages which were trimmed.
 
 Guarantees
     A message has one claim at a time; an acknowledgement under a claim that is gone is refused, with its
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager, contextmanager, suppress
+from heapq import nsmallest
 from math import inf
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -51,7 +53,14 @@ from etcd_infra._primitives._handling import Effects, Ending, Handling
 from etcd_infra._primitives._who import Who, running_task
 from etcd_infra._primitives.fence import Fence
 from etcd_infra._session.mirror import Changes, Snapshot, open_mirror
-from etcd_infra.errors import CodecError, EtcdError, LockLostError, MessagesLostError, SessionLostError
+from etcd_infra.errors import (
+    CodecError,
+    ConflictError,
+    EtcdError,
+    LockLostError,
+    MessagesLostError,
+    SessionLostError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
@@ -76,6 +85,10 @@ AHEAD: Final = 8192
 
 FLOOR_STEP: Final = 64
 """So many messages at the floor must be done before it moves."""
+
+
+FORGOTTEN_TOGETHER: Final = 16
+"""Of so many messages that were perhaps trimmed, the progress is deleted with each move of the floor."""
 
 
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -143,11 +156,17 @@ class Claim:
 
     async def delete(self) -> None:
         """Give the message back; an `EtcdError` means that nothing is definite."""
-        self.unguard()
-        self._over = True
+        self.disown()
         one = KeyRange.one(self.key)
         await self.session.backend.txn(Txn(self.fence.proof, (DeleteRange(one),)))
-        self.session.janitor.known_keys.discard(self.key)
+
+    def disown(self) -> None:
+        """Have nothing to do with it any more: what is left under its key is a stranger."""
+        self.unguard()
+        if not self._over:
+            # Race: only once, as the same key may be claimed again before the deletion is definite.
+            self._over = True
+            self.session.janitor.known_keys.discard(self.key)
 
     def _on_gone(self) -> None:
         self._gone = True
@@ -253,19 +272,32 @@ class SharedMessages(Generic[T]):
 
     async def _read_ahead(self) -> None:
         """Read the messages after the floor, some way ahead; until cancelled."""
+        resets = self._reader.resets
         while True:
             while len(self._waiting) >= WAITING or len(self._ahead) >= AHEAD:
                 await self._changed.wait()
             try:
+                if resets != self._reader.resets:
+                    await self._begin_anew()
+                    resets = self._reader.resets
                 record = await self._reader.next()
             except MessagesLostError as error:
                 self._lost.append(error)
-            except EtcdError as error:
+            except (EtcdError, ConflictError) as error:
                 self._lost.append(error)
                 await trio.sleep(1.0)
             else:
                 self._add(record)
             self._tell()
+
+    async def _begin_anew(self) -> None:
+        """Go by the floor of a store that was restored or wiped."""
+        found = await self._group.read_cursor()
+        if found is None:
+            raise self._group.deleted()
+        self._waiting.clear()
+        self._ahead.clear()
+        self._take_floor(found)
 
     def _add(self, record: Record) -> None:
         if record.position <= self._floor:
@@ -330,6 +362,7 @@ class SharedMessages(Generic[T]):
         if found is None:
             raise self._group.deleted()
         self._take_floor(found)
+        self._reader.since = found.create_revision
         self._reader.move(max(self._reader.position, self._floor))
 
     def _take_floor(self, kv: KeyValue) -> None:
@@ -339,31 +372,33 @@ class SharedMessages(Generic[T]):
             if position > self._floor:
                 break
             self._forget(name)
+        self._tell()
 
     # ── claiming ────────────────────────────────────────────────────────────────────────────────
 
     def _next_free(self) -> Record | None:
-        for name, handling in tuple(self._open.items()):
-            if not handling.in_scope and not handling.custody.is_held():
+        for handling in tuple(self._open.values()):
+            if handling.is_by_hand and not handling.custody.is_held():
                 handling.end(Ending.LOST)
-                self._open.pop(name)
         for name, record in self._waiting.items():
             if name not in self._claimed and name not in self._open and name not in self._busy:
                 return record
         return None
 
     def _next_deadline(self) -> float:
-        return min([handling.until for handling in self._open.values() if _is_by_hand(handling)], default=inf)
+        return min([handling.until for handling in self._open.values() if handling.is_by_hand], default=inf)
 
     async def _expire_old(self) -> None:
         now = trio.current_time()
         for handling in tuple(self._open.values()):
-            if _is_by_hand(handling) and handling.until <= now:
+            if handling.is_by_hand and handling.until <= now:
                 await handling.expire()
 
     async def _take(self, record: Record) -> GroupMessage[T] | None:
         """Claim a message, or bury it; None: somebody else was faster, or it is buried."""
         session = await self._space.sessions.current()
+        if record.name not in self._waiting:
+            return None  # Race: somebody was done with it while there was no session here
         seen, progress = self._progress.get(record.name, (0, Progress()))
         self._busy[record.name] = None
         try:
@@ -393,6 +428,7 @@ class SharedMessages(Generic[T]):
         try:
             outcome = await session.slots.write(request)
         except BaseException:
+            session.janitor.known_keys.discard(key)
             session.janitor.take_over(lambda: _unclaim(session, key, mine))
             raise
         if not outcome.applied:
@@ -457,6 +493,7 @@ class SharedMessages(Generic[T]):
         elif not message and name in self._waiting:
             lost = self._ahead[name].revision
             self._forget(name)
+            self._tell()
             raise MessagesLostError(f"message {name!r} was deleted unread", lost - 1, lost)
         elif not claim and not progress:
             self._progress.pop(name, None)
@@ -486,6 +523,7 @@ class SharedMessages(Generic[T]):
         finally:
             if not isinstance(outcome, Committed):
                 claim.guard()
+                self._tell()
         if not isinstance(outcome, Committed):
             return False
         claim.session.janitor.known_keys.discard(claim.key)
@@ -521,9 +559,14 @@ class SharedMessages(Generic[T]):
         assert isinstance(claim, Claim)
         await self._release(claim, handling.record.name)
 
-    def handler_left(self) -> None:
-        """See `Desk`: a message that was taken away from it may be claimed again."""
-        self._tell()
+    def lost(self, handling: Handling) -> None:
+        """See `Desk`: anybody may take it now, this consumer, too."""
+        claim, name = handling.custody, handling.record.name
+        assert isinstance(claim, Claim)
+        if self._open.get(name) is handling:
+            claim.disown()
+            del self._open[name]
+            self._tell()
 
     async def _release_later(self, claim: Claim, name: str, delay: float) -> None:
         await trio.sleep(delay)
@@ -588,7 +631,7 @@ class SharedMessages(Generic[T]):
         spent = [DeleteRange(KeyRange.one(keys.progress(group, name))) for name in names]
         one = KeyRange.one(self._group.cursor_key)
         change = Change(
-            (Put(one.key, cursor.to_json()), *spent),
+            (Put(one.key, cursor.to_json()), *spent, *self._forget_trimmed()),
             (),
             (Compare.modified_at(one.key, self._cursor_seen),),
             (Range(one),),
@@ -607,10 +650,22 @@ class SharedMessages(Generic[T]):
             raise self._group.deleted()
         self._take_floor(found[0])
 
+    def _forget_trimmed(self) -> list[Txn]:
+        """Return what deletes the progress of messages that are gone: no floor will ever pass them."""
+        keys, group = self._group.keys, self._group.name
+        unread = (name for name in self._progress if name not in self._ahead and name not in self._claimed)
+        return [
+            Txn(
+                (Compare.absent(keys.message(name)), Compare.absent(keys.claim(group, name))),
+                (DeleteRange(KeyRange.one(keys.progress(group, name))),),
+            )
+            for name in nsmallest(FORGOTTEN_TOGETHER, unread)
+        ]
+
     async def _close(self) -> None:
         """Give back what was not acknowledged, and move the floor, in about two seconds."""
         for handling in tuple(self._open.values()):
-            handling.end(Ending.ABANDONED)
+            handling.close()
             await self.abandon(handling)
         session = self._space.sessions.session
         if session is not None and not session.lease.is_lost():
@@ -621,18 +676,12 @@ class SharedMessages(Generic[T]):
                 await self._move_floor()
 
 
-def _is_by_hand(handling: Handling) -> bool:
-    """Whether no scope of the handler's ends it in time."""
-    return handling.ending is None and not handling.in_scope
-
-
 async def _unclaim(session: Session, key: bytes, value: bytes) -> None:
     """Delete a claim of ours of which nobody knows whether it was put."""
     found = await session.backend.get(key)
     if found is not None and found.value == value:
         mine = Compare.created_at(key, found.create_revision)
         await session.backend.txn(Txn((mine,), (DeleteRange(KeyRange.one(key)),)))
-        session.janitor.known_keys.discard(key)
 
 
 def parse_progress(kv: KeyValue) -> Progress:

@@ -227,4 +227,6 @@ class Trimmer:
         kept = {position.revision for position in set(positions).difference(spent)}
         cut = {positions[-1].revision} if listed.more else set[int]()
         whole = [position for position in spent if position.revision not in kept | cut]
-        return whole or [position for position in spent if position.revision not in kept]
+        if whole or len({position.revision for position in positions}) != 1:
+            return whole
+        return spent if not kept else []

@@ -46,7 +46,7 @@ from etcd_infra._primitives._trimmer import Retention, Trimmer
 from etcd_infra._primitives.message import DeadLetter, Delivery, Message
 from etcd_infra._primitives.publish import Publish
 from etcd_infra._primitives.receipt import Receipt
-from etcd_infra.errors import InvalidAnswerError
+from etcd_infra.errors import CompactedError, InvalidAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -139,12 +139,21 @@ class Topic(Generic[T]):
             assert isinstance(put, Put)
             position = Position(outcome.revision, last_segment(put.key))
             return Receipt(self._space, self._keys, position, message_id, is_duplicate=False)
+        if isinstance(answer, TxnResult):
+            known = found_in(answer.results[0])[0]
+            position = _marked(known.create_revision, known.value)
+            return Receipt(self._space, self._keys, position, message_id, is_duplicate=True)
         return await self._receipt_of(message_id, outcome.revision)
 
     async def _receipt_of(self, message_id: str, published_at: int) -> Receipt:
-        """Look which message has an id."""
-        marker = await self._space.backend.get(self._keys.marker(message_id))
-        # A marker that was trimmed meanwhile: it was there at that revision.
+        """Look which message had an id right after it was published: the answer that would say so was lost."""
+        one = KeyRange.one(self._keys.marker(message_id))
+        try:
+            found = await self._space.backend.range(Range(one, revision=published_at))
+        except CompactedError:
+            found = await self._space.read(Range(one), min_revision=published_at)
+        marker = next(iter(found.kvs), None)
+        # Trimmed meanwhile, and history is compacted: it was there at that revision.
         position = Position(published_at) if marker is None else _marked(marker.create_revision, marker.value)
         is_duplicate = position.revision != published_at
         return Receipt(self._space, self._keys, position, message_id, is_duplicate=is_duplicate)

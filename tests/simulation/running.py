@@ -26,9 +26,12 @@ from tests.simulation.election_checks import ELECTIONS
 from tests.simulation.lock_checks import LOCKS
 from tests.simulation.lock_family_checks import LOCK_FAMILY
 from tests.simulation.state_checks import STATE
+from tests.simulation.topic_checks import TOPICS
 from tests.simulation.transaction_checks import TRANSACTIONS
 
-WORKLOADS = {workload.name: workload for workload in (LOCKS, LOCK_FAMILY, STATE, TRANSACTIONS, ELECTIONS)}
+WORKLOADS = {
+    workload.name: workload for workload in (LOCKS, LOCK_FAMILY, STATE, TRANSACTIONS, ELECTIONS, TOPICS)
+}
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.jsonl")
