@@ -314,6 +314,14 @@ class TopicKeys:
         """A message that a group has given up."""
         return self.dead_letters(group) + name.encode()
 
+    def replays(self, group: str) -> bytes:
+        """The prefix of what is noted of replayed dead letters."""
+        return self.root + b"dead-replayed/" + encode_segment(group).encode() + b"/"
+
+    def replay(self, group: str, name: str) -> bytes:
+        """The name of the message that a dead letter was published again as."""
+        return self.replays(group) + name.encode()
+
 
 def last_segment(key: bytes) -> str:
     """Return what stands after the last slash: of a message, a claim, a progress or a dead letter its name."""

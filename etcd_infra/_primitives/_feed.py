@@ -40,7 +40,14 @@ from etcd_infra._primitives._cas import found_in
 from etcd_infra._primitives._envelope import Position, Record, in_order, numbered
 from etcd_infra._primitives._message_names import list_positions
 from etcd_infra._primitives._trim_mark import TrimMark
-from etcd_infra.errors import CompactedError, EtcdError, MessagesLostError, StoreResetError, UnavailableError
+from etcd_infra.errors import (
+    CompactedError,
+    EtcdError,
+    MessagesLostError,
+    SessionLostError,
+    StoreResetError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -84,7 +91,7 @@ class Feed:
         self.messages = KeyRange.prefix(keys.messages)
         self.floor = Position(0)
         self.resets = 0
-        self.error: EtcdError | None = None
+        self.error: EtcdError | SessionLostError | None = None
         self._ring: deque[Record] = deque()
         self._is_reset = False
         self._dropped = 0
@@ -124,6 +131,13 @@ class Feed:
 
     async def follow(self, task_status: trio.TaskStatus[None]) -> None:
         """Keep the watch open, until cancelled; started once it is open."""
+        try:
+            await self._follow(task_status)
+        finally:
+            self.error = SessionLostError("the coordinator was closed")
+            self._tell()
+
+    async def _follow(self, task_status: trio.TaskStatus[None]) -> None:
         failures = 0
         while True:
             try:
@@ -245,16 +259,17 @@ class Reader:
 
         Raises:
             MessagesLostError: some are gone; call again for those after them.
+            SessionLostError: the coordinator was closed.
             EtcdError: etcd does not let the topic be read.
 
         Cancellation:
             Nothing is lost; call again.
         """
         failures = 0
+        await self._breathe()
         while True:
             self._check_reset()
             if self._fetched:
-                await self._breathe()
                 return self._advance(self._fetched.popleft())
             try:
                 if self._listed:
@@ -271,8 +286,6 @@ class Reader:
                 failures += 1
                 continue
             if record := self._feed.get(self._number_of_next()):
-                await self._breathe()
-                # The ring may have moved on meanwhile, but not this message.
                 return self._advance(record)
             await self._feed.wait_changed()
 
@@ -303,11 +316,14 @@ class Reader:
             self._start_over()
 
     def _start_over(self) -> None:
-        lost_after = self.position.revision
+        before = self.position.revision
         self.move(self._feed.floor)
-        up_to = self.position.revision - 1
+        self._told_trimmed = Position(0)
+        now = self.position.revision - 1
         raise MessagesLostError(
-            f"the store was restored or wiped: it went from {lost_after} to {up_to}", lost_after, up_to
+            f"the store was restored or wiped: it was at {before} and is at {now}",
+            min(before, now),
+            max(before, now),
         )
 
     def _check_fresh(self, revision: int, least: int) -> None:
@@ -326,7 +342,9 @@ class Reader:
         self._number = None
         # Race: the floor as it is now; while page after page is read it moves on.
         least = max(self._feed.floor.revision, start.revision) - 1
-        positions, revision = await list_positions(backend, self._feed.messages, start.revision)
+        positions, revision = await list_positions(
+            backend, self._feed.messages, start.revision, most=LISTED_TOGETHER + 1
+        )
         self._check_fresh(revision, least)
         mark = await backend.range(Range(KeyRange.one(self._feed.keys.trimmed)))
         self._check_fresh(mark.revision, revision)

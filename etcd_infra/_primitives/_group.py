@@ -4,6 +4,7 @@ What the consumers of a group share: its cursor, its dead letters, and how messa
 Keys
     ``{ns}topic/{topic}/cursor/{group}``       JSON position, kind, and what is being tried; on no lease.
     ``{ns}topic/{topic}/dead/{group}/{name}``  a message that was given up: JSON how, then the message.
+    ``{ns}topic/{topic}/dead-replayed/{group}/{name}``  the name of its copy that was published for the group.
 
 Algorithm
     A group is made by ``[no cursor] → [put cursor]``: it gets what is published after that revision.
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import msgspec
 
 from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, KeyValue, Put, Range
+from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Refused, commit, found_in
 from etcd_infra._primitives._envelope import Head, Position, Record, pack
+from etcd_infra._primitives._many import read_many
 from etcd_infra._primitives.message import DeadLetter, Delivery, GroupMessage, Message
 from etcd_infra.errors import CodecError, ConflictError
 
@@ -84,7 +87,6 @@ class Death(msgspec.Struct, frozen=True, omit_defaults=True):
     at: float
     revision: int
     index: int
-    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,29 +170,35 @@ class Group(Generic[T]):
         except CodecError:
             return False
 
-    def burial(self, record: Record, attempts: int, reason: str) -> Op:
+    def burial(self, record: Record, attempts: int, reason: str) -> tuple[Op, ...]:
         """Return what makes a message a dead letter; a replayed one takes its old place."""
         death = Death(attempts, reason, self.space.clock.wall(), record.position.revision, record.index)
-        return Put(self._dead_key(record), msgspec.json.encode(death) + b"\n" + record.value)
+        dead = self._original(record) or record.name
+        value = msgspec.json.encode(death) + b"\n" + record.value
+        note = DeleteRange(KeyRange.one(self.keys.replay(self.name, dead)))
+        return (Put(self.keys.dead_letter(self.name, dead), value), note)
 
     def resurrection(self, record: Record) -> tuple[Op, ...]:
         """Return what must be done when a message was handled: a replayed one is a dead letter no more."""
-        try:
-            is_copy = bool(record.head.dead)
-        except CodecError:
-            is_copy = False
-        return (DeleteRange(KeyRange.one(self._dead_key(record))),) if is_copy else ()
+        dead = self._original(record)
+        return self.removal(dead) if dead else ()
 
-    def _dead_key(self, record: Record) -> bytes:
-        try:
-            name = record.head.dead or record.name
-        except CodecError:
-            name = record.name
-        return self.keys.dead_letter(self.name, name)
+    def removal(self, dead: str) -> tuple[Op, ...]:
+        """Return what deletes a dead letter."""
+        keys = (self.keys.dead_letter(self.name, dead), self.keys.replay(self.name, dead))
+        return tuple(DeleteRange(KeyRange.one(key)) for key in keys)
 
-    def dead_letter(self, kv: KeyValue) -> DeadLetter[T]:
+    @staticmethod
+    def _original(record: Record) -> str:
+        """Return the name of the dead letter that a message is a copy of; empty if it is none."""
+        try:
+            return record.head.dead
+        except CodecError:
+            return ""
+
+    def dead_letter(self, kv: KeyValue, *, is_replayed: bool) -> DeadLetter[T]:
         """
-        Read a dead letter; a payload that does not decode is shown as bytes.
+        Describe a dead letter; a payload that does not decode is shown as bytes.
 
         Raises:
             CodecError: it is none.
@@ -208,37 +216,43 @@ class Group(Generic[T]):
         except CodecError:
             message = undecoded(self.topic, record, death.attempts)
         return DeadLetter(
-            message=message, reason=death.reason, died_at=death.at, is_replayed=death.replayed, name=name
+            message=message, reason=death.reason, died_at=death.at, is_replayed=is_replayed, name=name
         )
 
     async def replay(self, name: str) -> bool:
         """
         Publish a dead letter again, for this group alone; return whether there was one.
 
-        It is no dead letter any more once it is acknowledged. One that is replayed already is left alone.
+        It is no dead letter any more once it is acknowledged. One whose copy is there already is left alone.
 
         Round trips:
             Two.
         """
-        key = self.keys.dead_letter(self.name, name)
-        found = await self.space.backend.get(key)
-        if found is None:
-            return False
-        how, _, value = found.value.partition(b"\n")
-        death = msgspec.json.decode(how, type=Death)
-        if death.replayed:
-            return True
-        record = Record(Position(death.revision, name), death.index, value)
-        head = msgspec.structs.replace(record.head, group=self.name, dead=name)
-        copy = self.keys.message(self.space.names.next(self.space.clock.wall()))
-        noted = msgspec.json.encode(msgspec.structs.replace(death, replayed=True)) + b"\n" + value
-        change = Change(
-            (Put(copy, pack(head, record.payload)), Put(key, noted)),
-            (),
-            (Compare.modified_at(key, found.mod_revision),),
-        )
-        await commit(self.space.sessions, self.space.keys, change)
-        return True
+        key, note = self.keys.dead_letter(self.name, name), self.keys.replay(self.name, name)
+        while True:
+            dead, noted = await read_many(self.space.backend, [key, note])
+            if dead is None:
+                return False
+            earlier = self.keys.messages + (noted.value if noted else b"none")
+            how, _, value = dead.value.partition(b"\n")
+            death = msgspec.json.decode(how, type=Death)
+            record = Record(Position(death.revision, name), death.index, value)
+            head = msgspec.structs.replace(record.head, group=self.name, dead=name)
+            copy = self.space.names.next(self.space.clock.wall())
+            change = Change(
+                (Put(self.keys.message(copy), pack(head, record.payload)), Put(note, copy.encode())),
+                (),
+                (
+                    Compare.modified_at(key, dead.mod_revision),
+                    Compare.modified_at(note, noted.mod_revision if noted else 0),
+                    Compare.absent(earlier),
+                ),
+                (Range(KeyRange.one(earlier), keys_only=True),),
+            )
+            outcome = await commit(self.space.sessions, self.space.keys, fit(change))
+            # Refused: its copy is there still, or somebody has changed something since.
+            if not isinstance(outcome, Refused) or found_in(outcome.reads[0]):
+                return True
 
 
 def message_of(space: Space, topic: str, type: Any, record: Record, attempt: int) -> Message[Any]:  # noqa: A002

@@ -7,6 +7,7 @@ is written (`Desk`); when a handler is cancelled, and what becomes of its messag
 
 from __future__ import annotations
 
+import logging
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from etcd_infra._primitives._envelope import Record
     from etcd_infra._primitives._space import Space
     from etcd_infra._primitives.fence import Fence
+
+logger = logging.getLogger("etcd_infra.topic")
 
 MessageTransaction = Transaction
 """What the body of `GroupMessage.transaction` is given."""
@@ -173,6 +176,8 @@ class Handling:
             msg = f"a delay must be a number of seconds, at least 0, not {delay!r}"
             raise ValueError(msg)
         self._check_open()
+        if self.in_scope:
+            self._deadline.cancel()  # or it would be handled twice at a time
         await self._give_back(Ending.GIVEN_BACK, delay, "", counts=True)
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -191,6 +196,9 @@ class Handling:
                 yield run
             if run.end is not End.RETURNED:
                 raise self._conflict()
+            if self.ending is not None and (run.writes or run.publications):
+                msg = f"message {self.record.name!r} was settled inside its transaction: nothing was written"
+                raise NotHeldError(msg)
 
     async def enter(self) -> None:
         """Begin the scope of ``async with message``."""
@@ -231,7 +239,11 @@ class Handling:
     async def _give_back(self, how: Ending, delay: float, reason: str, *, counts: bool) -> None:
         with self._writing():
             self.end(how)
-            await self._desk.give_back(self, delay, reason, counts=counts)
+            try:
+                await self._desk.give_back(self, delay, reason, counts=counts)
+            except FencedError as error:
+                # It was to become a dead letter, and is not ours any more: somebody else gets it.
+                raise self.custody.loss() from error
 
     async def _settle(self, effects: Effects) -> None:
         self._check_open()
@@ -295,7 +307,7 @@ class Handling:
             self.end(Ending.LOST)
             raise self.custody.loss()
         if self.ending is Ending.ABANDONED:
-            msg = f"the subscription to message {self.record.name!r} was closed; it was not acknowledged"
+            msg = f"the subscription was closed while message {self.record.name!r} was handled"
             raise NotHeldError(msg)
         if self.ending is None:
             await self.expire()
@@ -304,7 +316,10 @@ class Handling:
 
     async def expire(self) -> None:
         """End it because its time is over: it is delivered again."""
-        await self._give_back(Ending.EXPIRED, 0.0, AckTimeoutError.__name__, counts=True)
+        try:
+            await self._give_back(Ending.EXPIRED, 0.0, AckTimeoutError.__name__, counts=True)
+        except LostError as error:
+            logger.info("message %r was taken away when its time was over: %s", self.record.name, error)
 
 
 def _effects(run: Transaction) -> Effects:

@@ -6,6 +6,7 @@ Nothing is sorted by the server, nor filtered: for both it would read the values
 
 from __future__ import annotations
 
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Final
 
 from etcd_infra._etcd.keys import last_segment
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 NAMES_TOGETHER: Final = 1000
 
 
-async def list_positions(backend: Backend, messages: KeyRange, since: int) -> tuple[list[Position], int]:
+async def list_positions(
+    backend: Backend, messages: KeyRange, since: int, *, most: int | None = None
+) -> tuple[list[Position], int]:
     """
     List the messages of revision `since` and later, in order, and the revision up to which none is missing.
 
-    A message that is deleted meanwhile may be missing: look at the trim mark afterwards.
+    A message that is deleted meanwhile may be missing: look at the trim mark afterwards. With `most` only the
+    first so many are returned.
 
     Raises:
         UnavailableError: a stale read.
@@ -46,6 +50,8 @@ async def list_positions(backend: Backend, messages: KeyRange, since: int) -> tu
             for kv in page.kvs
             if since <= kv.create_revision <= first
         ]
+        if most is not None and len(found) > most:
+            found = nsmallest(most, found)
         if not page.more:
             return sorted(found), first
         rest = KeyRange(page.kvs[-1].key + b"\0", rest.end)

@@ -40,6 +40,7 @@ from etcd_infra._primitives._envelope import Position
 from etcd_infra._primitives._group import Cursor, Group
 from etcd_infra._primitives._handling import Effects, Ending, Handling
 from etcd_infra._primitives._hold import Hold
+from etcd_infra._primitives._one_at_a_time import OneAtATime
 from etcd_infra._primitives._turn import come_first
 from etcd_infra._primitives._waitqueue import Spot
 from etcd_infra._primitives._who import introduce
@@ -80,7 +81,9 @@ class OrderedMessages(Generic[T]):
         self._head: Record | None = None
         self._current: Handling | None = None
         self._counted = ""  # the name of a message whose next attempt is counted already
-        self._not_before = 0.0
+        self._delayed = ("", 0.0)
+        self._resets = reader.resets
+        self._one_at_a_time = OneAtATime()
 
     @property
     def is_active(self) -> bool:
@@ -99,26 +102,30 @@ class OrderedMessages(Generic[T]):
         Raises:
             MessagesLostError: some were trimmed unread; iteration may go on after them.
             CodecError: a message does not decode; it is delivered again, and in the end a dead letter.
-            ConflictError: the group was deleted.
+            ConflictError: the group was deleted; told with the next message.
             SessionLostError: the coordinator was closed.
             EtcdError: etcd refuses.
+            trio.BusyResourceError: another task waits here already.
 
         Cancellation:
-            Nothing is lost; call again. While it waits to be the active one: at the end of the line then.
+            Nothing is lost; call again. (But a message that was published at most once may be: it is
+            acknowledged before it is returned.) While it waits to be the active one: at the end of the line
+            then.
 
         Round trips:
             One; none while messages are at hand. To become the active one: three.
         """
-        while True:
-            hold = await self._active()
-            try:
-                with hold.tied():
-                    await self._wait_settled()
-                    return await self._hand_over(hold)
-            except FencedError as error:
-                logger.warning("%s: %s", self._group.name, error)
-            # The session, or the place in line, was lost: wait for another one.
-            await self._let_go()
+        with self._one_at_a_time:
+            while True:
+                hold = await self._active()
+                try:
+                    with hold.tied():
+                        await self._wait_settled()
+                        return await self._hand_over(hold)
+                except FencedError as error:
+                    logger.warning("%s: %s", self._group.name, error)
+                # The session, or the place in line, was lost: wait for another one.
+                await self._let_go()
 
     async def close(self) -> None:
         """Let the next consumer begin, within two seconds."""
@@ -184,13 +191,16 @@ class OrderedMessages(Generic[T]):
     # ── handing over ────────────────────────────────────────────────────────────────────────────
 
     async def _wait_settled(self) -> None:
-        if self._current is not None:
-            await self._current.wait_settled()
-            self._current = None
+        if (current := self._current) is not None:
+            await current.wait_settled()
+            if self._current is current:
+                self._current = None
 
     async def _hand_over(self, hold: Hold) -> GroupMessage[T]:
         while True:
-            if self._seen is None:
+            if self._seen is None or self._resets != self._reader.resets:
+                # What the cursor of a restored store has not passed comes, whatever was told before.
+                self._resets = self._reader.resets
                 await self._read_cursor()
             if self._head is None:
                 self._head = await self._reader.next()
@@ -198,8 +208,9 @@ class OrderedMessages(Generic[T]):
             if self._is_past(record) or not self._group.is_for_us(record):
                 self._head = None
                 continue
-            if self._not_before > trio.current_time():
-                await trio.sleep_until(self._not_before)
+            if record.name == self._delayed[0]:
+                await trio.sleep_until(self._delayed[1])
+                self._delayed = ("", 0.0)
             attempt = await self._begin(hold, record)
             if attempt:
                 return self._handed(hold, record, attempt)
@@ -236,7 +247,7 @@ class OrderedMessages(Generic[T]):
     async def _bury(self, hold: Hold, record: Record, attempts: int, reason: str) -> None:
         logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
         burial = self._group.burial(record, attempts, reason)
-        while not await self._write(hold, Cursor(*record.position), Effects((burial,))):
+        while not await self._write(hold, Cursor(*record.position), Effects(burial)):
             if self._is_past(record):
                 break
         self._head = None
@@ -257,11 +268,8 @@ class OrderedMessages(Generic[T]):
         hold, record = self._hold, handling.record
         if hold is not handling.custody or hold is None:
             raise handling.custody.loss()
-        following = self._reader.peek()
-        if following and (not self._group.is_for_us(following) or self._group.settles_before(following)):
-            following = None
         cursor = Cursor(*record.position)
-        if following:
+        if following := self._following():
             cursor = Cursor(*record.position, head=following.name, attempts=1)
         had_effects = bool(effects.ops)
         effects = Effects((*effects.ops, *self._group.resurrection(record)), effects.keys, effects.conditions)
@@ -279,6 +287,15 @@ class OrderedMessages(Generic[T]):
             raise NotHeldError(msg)
         return True
 
+    def _following(self) -> Record | None:
+        """Return the next message, if it is at hand and its first attempt may be counted in advance."""
+        if not self._max_retries:
+            return None  # counted and never begun, it would be buried
+        following = self._reader.peek()
+        if following is None or not self._group.is_for_us(following) or self._group.settles_before(following):
+            return None
+        return following
+
     async def give_back(self, handling: Handling, delay: float, reason: str, *, counts: bool) -> None:
         """See `Desk`."""
         hold, record = self._hold, handling.record
@@ -289,7 +306,7 @@ class OrderedMessages(Generic[T]):
         elif handling.attempt > self._max_retries:
             await self._bury(hold, record, handling.attempt, reason)
         else:
-            self._not_before = trio.current_time() + delay
+            self._delayed = (record.name, trio.current_time() + delay)
 
     async def abandon(self, handling: Handling) -> None:
         """See `Desk`: nothing to do, the attempt is counted and the cursor stands before it."""

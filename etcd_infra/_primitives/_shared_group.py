@@ -87,6 +87,9 @@ FLOOR_STEP: Final = 64
 """So many messages at the floor must be done before it moves."""
 
 
+IDLE_SECONDS: Final = 5.0
+"""The floor moves, too, when nothing has happened for so long."""
+
 FORGOTTEN_TOGETHER: Final = 16
 """Of so many messages that were perhaps trimmed, the progress is deleted with each move of the floor."""
 
@@ -192,6 +195,7 @@ class SharedMessages(Generic[T]):
         self._claims = group.keys.claims(group.name)
         self._cursor_seen = 0
         self._floor = Position(0)
+        self._read_up_to = Position(0)
         self._waiting: dict[str, Record] = {}
         self._ahead: dict[str, Position] = {}
         self._claimed: dict[str, int] = {}
@@ -212,7 +216,8 @@ class SharedMessages(Generic[T]):
             MessagesLostError, CodecError, ConflictError, SessionLostError, EtcdError: as for an ordered group.
 
         Cancellation:
-            Nothing is claimed, or the claim is given back, in two seconds or by the session's janitor.
+            Nothing is claimed, or the claim is given back, in two seconds or by the session's janitor. (But a
+            message that was published at most once may be lost: it is acknowledged before it is returned.)
 
         Round trips:
             One.
@@ -223,13 +228,17 @@ class SharedMessages(Generic[T]):
             if self._lost:
                 raise self._lost.pop(0)
             changed = self._changed
-            if len(self._done_at_floor()) >= FLOOR_STEP:
+            await self._expire_old()
+            done = len(self._done_at_floor())
+            if done >= FLOOR_STEP:
                 await self._move_floor()
             record = self._next_free()
             if record is None:
-                with trio.move_on_at(self._next_deadline()):
+                idle_at = trio.current_time() + IDLE_SECONDS if done else inf
+                with trio.move_on_at(min(self._next_deadline(), idle_at)) as idle:
                     await changed.wait()
-                await self._expire_old()
+                if idle.cancelled_caught and done:
+                    await self._move_floor()
                 continue
             try:
                 message = await self._take(record)
@@ -274,20 +283,22 @@ class SharedMessages(Generic[T]):
         """Read the messages after the floor, some way ahead; until cancelled."""
         resets = self._reader.resets
         while True:
-            while len(self._waiting) >= WAITING or len(self._ahead) >= AHEAD:
+            # Those that somebody handles, or that wait for a second try, hold up nobody.
+            while len(self._waiting) - len(self._claimed) >= WAITING or len(self._ahead) >= AHEAD:
                 await self._changed.wait()
             try:
                 if resets != self._reader.resets:
                     await self._begin_anew()
                     resets = self._reader.resets
-                record = await self._reader.next()
+                self._add(await self._reader.next())
             except MessagesLostError as error:
                 self._lost.append(error)
-            except (EtcdError, ConflictError) as error:
-                self._lost.append(error)
+            except (EtcdError, ConflictError, SessionLostError) as error:
+                # Once is enough, until somebody hears of it.
+                if not self._lost or isinstance(self._lost[-1], MessagesLostError):
+                    self._lost.append(error)
+                self._tell()
                 await trio.sleep(1.0)
-            else:
-                self._add(record)
             self._tell()
 
     async def _begin_anew(self) -> None:
@@ -297,11 +308,14 @@ class SharedMessages(Generic[T]):
             raise self._group.deleted()
         self._waiting.clear()
         self._ahead.clear()
+        self._read_up_to = Position(0)
         self._take_floor(found)
+        self._reader.move(self._floor)
 
     def _add(self, record: Record) -> None:
-        if record.position <= self._floor:
+        if record.position <= max(self._floor, self._read_up_to):
             return
+        self._read_up_to = record.position
         self._ahead[record.name] = record.position
         if self._group.is_for_us(record) and not self._is_done(record.name):
             self._waiting[record.name] = record
@@ -397,7 +411,8 @@ class SharedMessages(Generic[T]):
     async def _take(self, record: Record) -> GroupMessage[T] | None:
         """Claim a message, or bury it; None: somebody else was faster, or it is buried."""
         session = await self._space.sessions.current()
-        if record.name not in self._waiting:
+        if record.name not in self._waiting or record.position <= self._floor:
+            self._forget(record.name)
             return None  # Race: somebody was done with it while there was no session here
         seen, progress = self._progress.get(record.name, (0, Progress()))
         self._busy[record.name] = None
@@ -596,7 +611,7 @@ class SharedMessages(Generic[T]):
         logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
         done = self._put_progress(record.name, Progress(handling.attempt, done=True))
         burial = self._group.burial(record, handling.attempt, reason)
-        change = Change((burial, done), (), fence=claim.fence)
+        change = Change((*burial, done), (), fence=claim.fence)
         outcome = await commit(self._space.sessions, self._space.keys, fit(change))
         self._note_done(record.name, outcome.revision)
 
@@ -604,7 +619,7 @@ class SharedMessages(Generic[T]):
         logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
         done = self._put_progress(record.name, Progress(attempts, done=True))
         burial = self._group.burial(record, attempts, reason)
-        change = Change((burial, done), (), self._untouched(record, seen), self._looks(record.name))
+        change = Change((*burial, done), (), self._untouched(record, seen), self._looks(record.name))
         outcome = await commit(self._space.sessions, self._space.keys, fit(change))
         if isinstance(outcome, Committed):
             self._note_done(record.name, outcome.revision)

@@ -36,7 +36,17 @@ import msgspec
 import trio
 
 from etcd_infra._etcd.keys import last_segment
-from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, RangeResult, Txn
+from etcd_infra._etcd.model import (
+    Compare,
+    DeleteRange,
+    KeyRange,
+    Operator,
+    Put,
+    Range,
+    RangeResult,
+    Target,
+    Txn,
+)
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, commit, found_in
@@ -106,13 +116,18 @@ def _check(name: str, value: object, kinds: object) -> None:
 
 
 class Trimmer:
-    """One process's offer to trim one topic."""
+    """
+    One process's offer to trim one topic.
+
+    Attributes:
+        retention: What it goes by when it is its turn.
+    """
 
     def __init__(self, space: Space, topic: str, keys: TopicKeys, retention: Retention) -> None:
         self._space = space
         self._topic = topic
         self._keys = keys
-        self._retention = retention
+        self.retention = retention
 
     async def run(self) -> None:
         """Wait to be the one that trims, and trim; until cancelled."""
@@ -154,13 +169,16 @@ class Trimmer:
         return hold
 
     async def _trim_now_and_then(self, hold: Hold) -> None:
+        # Who trimmed before may have died before it forgot the ids.
+        mark = found_in(await self._space.read(Range(KeyRange.one(self._keys.trimmed))))
+        trimmed = TrimMark.position_in(mark)
         while True:
-            trimmed = Position(0)
             while (last := await self._trim_some(hold)) is not None:
                 trimmed = last
             if trimmed.revision:
                 await self._forget_ids(hold, trimmed.revision)
-            await trio.sleep(min(LOOK_SECONDS, (self._retention.age or inf) / 4))
+            trimmed = Position(0)
+            await trio.sleep(min(LOOK_SECONDS, (self.retention.age or inf) / 4))
 
     async def _trim_some(self, hold: Hold) -> Position | None:
         """Delete a chunk of messages; return how far, None: there was nothing to delete."""
@@ -187,7 +205,11 @@ class Trimmer:
                 Put(keys.trimmed, msgspec.json.encode(TrimMark(last.revision, last.name))),
             ),
             (),
-            (Compare.modified_at(keys.trimmed, seen[0].mod_revision if seen else 0),),
+            (
+                Compare.modified_at(keys.trimmed, seen[0].mod_revision if seen else 0),
+                # No group was made meanwhile that begins before.
+                Compare(Target.CREATE, Operator.LESS, KeyRange.prefix(keys.cursors), answer.revision + 1),
+            ),
             fence=hold.fence,
         )
         await commit(self._space.sessions, self._space.keys, fit(change))
@@ -212,7 +234,7 @@ class Trimmer:
 
     def _spent(self, listed: RangeResult, slowest: Position) -> list[Position]:
         """Return which of the oldest messages are to go."""
-        retention = self._retention
+        retention = self.retention
         positions = [Position(kv.create_revision, last_segment(kv.key)) for kv in listed.kvs]
         too_many = 0 if retention.count is None else max(0, listed.count - retention.count)
         too_old = -inf if retention.age is None else self._space.clock.wall() - retention.age

@@ -22,8 +22,8 @@ class Delivery(StrEnum):
 
     AT_MOST_ONCE: a group acknowledges it before it is handled: never twice, and lost if its consumer dies.
     AT_LEAST_ONCE: acknowledged after it was handled; delivered again until then, or until it is a dead letter.
-    EXACTLY_ONCE: like AT_LEAST_ONCE, and its id is remembered even if the publisher gave none. What its handler
-    writes through `GroupMessage.transaction` takes effect once.
+    EXACTLY_ONCE: stored and delivered like AT_LEAST_ONCE; asks the handler to use `GroupMessage.transaction`,
+    so that what it writes takes effect once.
     """
 
     AT_MOST_ONCE = "at-most-once"
@@ -71,6 +71,7 @@ class GroupMessage(Message[T]):
         LockLostError: it was taken away: the session was lost, or somebody deleted the claim. Another consumer
             gets it.
         AckTimeoutError: `ack_after` seconds were over.
+        NotHeldError: its subscription was closed meanwhile.
         BaseException: what the body raised, as it is.
 
     Cancellation:
@@ -105,7 +106,8 @@ class GroupMessage(Message[T]):
         """
         Give it back, to be delivered again after `delay` seconds (sooner if this consumer dies meanwhile).
 
-        After `max_retries` of them it becomes a dead letter instead.
+        After `max_retries` of them it becomes a dead letter instead. A body of ``async with message`` that
+        still runs is cancelled.
 
         Raises:
             ValueError: the delay is negative or no number.
@@ -131,6 +133,7 @@ class GroupMessage(Message[T]):
                 this does not count as an attempt.
             LockLostError, AckTimeoutError, BaseException: as ``async with message``; nothing was written.
             InvalidRequestError: over etcd's budget; nothing was written.
+            NotHeldError: it is settled already: by `ack` or `nack`, or because it was published at most once.
 
         Round trips:
             One for each key or prefix that is read, one to commit.

@@ -20,17 +20,22 @@ Source
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from etcd_infra._etcd.keys import encode_segment
 from etcd_infra._etcd.model import Compare, KeyRange, Put, Range, Txn
+from etcd_infra._primitives._budget import MAX_REQUEST_BYTES
 from etcd_infra._primitives._envelope import Head, pack
 from etcd_infra._primitives.message import Delivery
 from etcd_infra._primitives.operations import BY_US, Content, Operation, Step
+from etcd_infra.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.model import Op
     from etcd_infra._primitives._space import Space
+
+MAX_MESSAGE_BYTES: Final = MAX_REQUEST_BYTES - 8 * 1024
+"""Less than etcd takes, or a message could be published and never become a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,11 @@ class Publish(Operation):
             id=self.message_id or "",
             raw=isinstance(self.payload, bytes),
         )
-        return pack(head, space.encode(self.payload))
+        value = pack(head, space.encode(self.payload))
+        if len(value) > MAX_MESSAGE_BYTES:
+            msg = f"a message has at most {MAX_MESSAGE_BYTES} bytes, not {len(value)}"
+            raise InvalidRequestError(msg)
+        return value
 
     def apply(self, before: Content | None, encoded: bytes, space: Space) -> Step:
         """See `Operation`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
@@ -13,7 +13,7 @@ from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._cas import found_in
 from etcd_infra._primitives._group import Cursor
 from etcd_infra._primitives._shared_group import Progress
-from etcd_infra.errors import CompactedError, StoreResetError, UnavailableError
+from etcd_infra.errors import CompactedError, FutureRevisionError, UnavailableError
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.keys import TopicKeys
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from etcd_infra._primitives._space import Space
 
 logger = logging.getLogger("etcd_infra.topic")
+
+LOOK_AGAIN_SECONDS: Final = 30.0
 
 
 class Receipt:
@@ -34,7 +36,8 @@ class Receipt:
         is_duplicate: A message with this id was there already; `revision` is that one's.
         acknowledged_by: The groups that have acknowledged it, by the last look; in order.
         missing: The groups that existed when it was published and have not acknowledged it, by the last look.
-            One that has made it a dead letter is among them until that is replayed and acknowledged.
+            One that has made it a dead letter is among them until that is replayed and acknowledged. What was
+            trimmed unread counts as acknowledged by a group that has gone on after it.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Receipt:
         self._space = space
         self._keys = keys
         self._position = position
+        self._least = position.revision
 
     def __repr__(self) -> str:
         return f"<Receipt {self.message_id!r} revision={self.revision}>"
@@ -57,6 +61,7 @@ class Receipt:
         Look which groups have acknowledged it; return whether none is missing.
 
         Raises:
+            FutureRevisionError: etcd answers with a state from before; look again.
             EtcdError: etcd does not answer; what was known stays.
 
         Cancellation:
@@ -65,8 +70,9 @@ class Receipt:
         Round trips:
             Two.
         """
-        backend, keys = self._space.backend, self._keys
-        cursors = (await backend.range(Range(KeyRange.prefix(keys.cursors)))).kvs
+        keys = self._keys
+        # etcd: a read that is older than what is known already would tell lies (#20418).
+        cursors = (await self._space.read(Range(KeyRange.prefix(keys.cursors)), min_revision=self._least)).kvs
         groups = {keys.parse_cursor(kv.key): kv for kv in cursors if kv.create_revision < self.revision}
         acknowledged: list[str] = []
         missing: list[str] = []
@@ -83,6 +89,7 @@ class Receipt:
         With no group there is nothing to wait for, and `acknowledged_by` is empty.
 
         Raises:
+            StoreResetError: the store was restored or wiped: it may not be there any more.
             EtcdError: etcd refuses.
 
         Cancellation:
@@ -91,19 +98,20 @@ class Receipt:
         Round trips:
             Three, and two each time that something in the topic's groups changes.
         """
-        if await self.refresh():
-            return
         # Everything of the topic but its messages: cursors, dead letters, progress.
         for_groups = KeyRange(self._keys.cursors, self._keys.markers)
         failures = 0
         while True:
             try:
                 async with self._space.backend.watch(for_groups) as changes:
+                    self._least = max(self._least, changes.created_revision)
                     while not await self.refresh():
-                        await changes.receive()
+                        # etcd: some servers lose an event now and then: look once in a while.
+                        with trio.move_on_after(LOOK_AGAIN_SECONDS):
+                            self._least = max(self._least, (await changes.receive()).revision)
                         failures = 0
                     return
-            except (UnavailableError, CompactedError, StoreResetError) as error:
+            except (UnavailableError, CompactedError, FutureRevisionError) as error:
                 logger.info("who has acknowledged %r can not be told now: %s", self.message_id, error)
             await trio.sleep(delay(failures, self._space.random.random()))
             failures += 1
@@ -117,6 +125,8 @@ class Receipt:
         dead = Range(KeyRange.one(self._keys.dead_letter(group, name)), keys_only=True)
         fresh = Range(KeyRange.one(kv.key))
         answer = await self._space.backend.txn(Txn(success=(progress, dead, fresh)))
+        if answer.revision < self._least:
+            raise FutureRevisionError(f"a stale read: at {answer.revision}, not {self._least}")
         done, buried, cursors = map(found_in, answer.results)
         if buried or not cursors:
             return False

@@ -30,14 +30,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from weakref import WeakValueDictionary
 
 from etcd_infra._etcd.keys import encode_segment, last_segment
-from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, TxnResult
+from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, Txn, TxnResult
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, check_fence, commit, found_in
 from etcd_infra._primitives._envelope import Position, Record, numbered
 from etcd_infra._primitives._feed import Feed, Reader, open_feed
 from etcd_infra._primitives._group import Cursor, Group, message_of
+from etcd_infra._primitives._groups import in_groups
 from etcd_infra._primitives._many import read_many
 from etcd_infra._primitives._message_names import list_positions
+from etcd_infra._primitives._one_at_a_time import OneAtATime
 from etcd_infra._primitives._ordered_group import OrderedMessages
 from etcd_infra._primitives._shared import Shared
 from etcd_infra._primitives._shared_group import Progress, SharedMessages, parse_progress
@@ -66,8 +68,9 @@ class Topic(Generic[T]):
     Args:
         trunk: What all objects of this topic and coordinator share.
         type: Of payloads; bytes for raw ones.
-        retention: Which messages are kept; None: all, or what others say who use the topic. While this process
-            publishes or subscribes it offers to trim.
+        retention: Which messages are kept; None: all, or what others say who use the topic. Once this process
+            publishes or subscribes it offers to trim, by the retention that it was told last; the process that
+            was first trims by its own.
     """
 
     def __init__(self, trunk: Trunk, type: Any, retention: Retention | None) -> None:  # noqa: A002
@@ -107,7 +110,7 @@ class Topic(Generic[T]):
 
         Raises:
             TypeError, ValueError: an argument is no good; nothing was sent.
-            InvalidRequestError: more than etcd's 1.5 MiB; nothing was sent.
+            InvalidRequestError: more than 1.5 MiB less 8 KiB; nothing was sent.
             FencedError: the fence is dead; nothing was published.
             OutcomeUnknownError: the session ended while an answer was missing.
             StorageFullError, AccessDeniedError, EtcdError: not published.
@@ -279,17 +282,22 @@ class Topic(Generic[T]):
         """
         check_revision("limit", limit, least=1)
         waiting, attempts = await self._waiting(self._group(group))
-        found = await read_many(self._space.backend, [self._keys.message(one.name) for one in waiting[:limit]])
-        records = [
-            Record(one.position, one.index, kv.value)
-            for one, kv in zip(waiting[:limit], found, strict=True)
-            if kv is not None
-        ]
-        return tuple(
-            message_of(self._space, self.name, self._type, record, attempts.get(record.name, 0))
-            for record in records
-            if self._group(group).is_for_us(record)
-        )
+        messages: list[Message[T]] = []
+        for some in in_groups(waiting, min(limit, 100)):
+            found = await read_many(self._space.backend, [self._keys.message(one.name) for one in some])
+            records = [
+                Record(one.position, one.index, kv.value)
+                for one, kv in zip(some, found, strict=True)
+                if kv is not None
+            ]
+            messages += [
+                message_of(self._space, self.name, self._type, record, attempts.get(record.name, 0))
+                for record in records
+                if self._group(group).is_for_us(record)
+            ]
+            if len(messages) >= limit:
+                break
+        return tuple(messages[:limit])
 
     async def _waiting(self, group: Group[T]) -> tuple[list[Record], dict[str, int]]:
         """List what a group has not acknowledged, without values, and how often that was tried."""
@@ -319,8 +327,16 @@ class Topic(Generic[T]):
         Round trips:
             One.
         """
-        found = await self._space.backend.range(Range(KeyRange.prefix(self._keys.dead_letters(group))))
-        letters = [self._group(group).dead_letter(kv) for kv in found.kvs]
+        reads = (
+            Range(KeyRange.prefix(self._keys.dead_letters(group))),
+            Range(KeyRange.prefix(self._keys.replays(group)), keys_only=True),
+        )
+        answer = await self._space.backend.txn(Txn(success=reads))
+        dead, replays = map(found_in, answer.results)
+        replayed = {last_segment(kv.key) for kv in replays}
+        letters = [
+            self._group(group).dead_letter(kv, is_replayed=last_segment(kv.key) in replayed) for kv in dead
+        ]
         return tuple(sorted(letters, key=lambda one: (one.message.revision, one.message.index)))
 
     async def replay(self, group: str, letter: DeadLetter[T]) -> bool:
@@ -351,8 +367,9 @@ class Topic(Generic[T]):
             One.
         """
         one = KeyRange.one(self._keys.dead_letter(group, letter.name))
+        removal = self._group(group).removal(letter.name)
         outcome = await commit(
-            self._space.sessions, self._space.keys, Change((Range(one, keys_only=True), DeleteRange(one)), ())
+            self._space.sessions, self._space.keys, Change((Range(one, keys_only=True), *removal), ())
         )
         return isinstance(outcome, Committed) and bool(outcome.results) and bool(found_in(outcome.results[0]))
 
@@ -360,7 +377,7 @@ class Topic(Generic[T]):
         """
         Delete a group, its dead letters included; return whether there was one.
 
-        Its consumers get a `ConflictError`.
+        Its consumers get a `ConflictError` with the next message.
 
         Round trips:
             One.
@@ -371,6 +388,7 @@ class Topic(Generic[T]):
             DeleteRange(cursor),
             DeleteRange(KeyRange.prefix(keys.shared(group))),
             DeleteRange(KeyRange.prefix(keys.dead_letters(group))),
+            DeleteRange(KeyRange.prefix(keys.replays(group))),
         )
         change = Change((Range(cursor, keys_only=True), *doomed), ())
         outcome = await commit(self._space.sessions, self._space.keys, change)
@@ -388,7 +406,7 @@ class Topic(Generic[T]):
 
 class Messages(Generic[T]):
     """
-    A subscription without a group, to be iterated over; several may be iterated over at a time.
+    A subscription without a group, to be iterated over by one task.
 
     A consumer that does not keep up costs no memory: what the process's buffer (4,096 messages, 4 MiB) does not
     hold any more is read from etcd.
@@ -399,6 +417,7 @@ class Messages(Generic[T]):
         self._topic = topic
         self._type = type
         self._reader = reader
+        self._one_at_a_time = OneAtATime()
 
     def __aiter__(self) -> Messages[T]:
         return self
@@ -410,7 +429,9 @@ class Messages(Generic[T]):
         Raises:
             MessagesLostError: some were trimmed unread, or the store was restored; iteration may go on after
             it. CodecError: a message does not decode; the next step goes on after it.
+            SessionLostError: the coordinator was closed.
             EtcdError: etcd does not let the topic be read.
+            trio.BusyResourceError: another task waits here already; let each have a subscription of its own.
 
         Cancellation:
             Nothing is lost; call again.
@@ -419,10 +440,11 @@ class Messages(Generic[T]):
             None while it keeps up; otherwise one for 32 messages, and to list what is next one for each 1,000
             messages of the topic.
         """
-        while True:
-            record = await self._reader.next()
-            if not record.head.group:
-                return message_of(self._space, self._topic, self._type, record, 1)
+        with self._one_at_a_time:
+            while True:
+                record = await self._reader.next()
+                if not record.head.group:
+                    return message_of(self._space, self._topic, self._type, record, 1)
 
 
 class Trunk:
@@ -434,16 +456,22 @@ class Trunk:
         self.keys = space.keys.topic(name)
         self.feed: Shared[Feed] = Shared(background, self._open_feed)
         self._background = background
-        self._offered: set[Retention] = set()
+        self._trimmer: Trimmer | None = None
 
     def _open_feed(self) -> AbstractAsyncContextManager[Feed]:
         return open_feed(self.space.backend, self.keys, self.space.random)
 
     def offer_to_trim(self, retention: Retention) -> None:
         """Trim in the background, whenever it is this process's turn, until the coordinator is closed."""
-        if retention not in self._offered and not self._background.dismissed:
-            self._offered.add(retention)
-            self._background.start_soon(Trimmer(self.space, self.name, self.keys, retention).run)
+        if self._trimmer is not None:
+            self._trimmer.retention = retention
+        elif not self._background.dismissed:
+            self._trimmer = Trimmer(self.space, self.name, self.keys, retention)
+            self._background.start_soon(self._trim, self._trimmer)
+
+    async def _trim(self, trimmer: Trimmer) -> None:
+        # A method, so that this object lives as long as its trimmer, and nobody makes a second one.
+        await trimmer.run()
 
 
 class Trunks:

@@ -396,7 +396,8 @@ async def test_cut_revision_waits_for_the_rest_of_its_chunk(autojump_clock, infr
     """Of a revision that the end of a chunk cuts nothing goes while a group still needs what comes before it."""
     trimmer = Trimmer(infra.topic("orders")._space, "orders", KEYS, Retention(count=1))
     kvs = tuple(
-        KeyValue(KEYS.message(f"{at:016x}-x"), b"", create_revision=revision) for at, revision in enumerate((48, 45))
+        KeyValue(KEYS.message(f"{at:016x}-x"), b"", create_revision=revision)
+        for at, revision in enumerate((48, 45))
     )
     assert [] == trimmer._spent(RangeResult(kvs, 9, more=True, revision=99), Position(46))
     alone = RangeResult(kvs[1:], 9, more=True, revision=99)
