@@ -171,7 +171,7 @@ TOPICS = (
         "_primitives/_ordered_group.py",
         "            if await self._write(hold, Cursor(*record.position), Effects((burial,))):\n",
         "            if await self._write(hold, self._cursor, Effects((burial,))):\n",
-        "unit/test_topic_groups.py::test_failing_handler_ends_in_a_dead_letter",
+        "unit/test_topic_regressions.py::test_dead_letter_is_behind_its_group",
     ),
     Mutant(
         "topic-dead-and-alive",
@@ -207,11 +207,11 @@ TOPICS = (
     ),
     Mutant(
         "topic-next-before-settled",
-        "The next message is begun while the one before is still being written.",
+        "A message is delivered again while its acknowledgement is on its way.",
         "_primitives/_handling.py",
-        "        while self.ending is None or self._writes:\n            news",
-        "        while self.ending is None:\n            news",
-        "unit/test_topic_regressions.py::test_giving_back_that_takes_long_is_waited_for",
+        "        return self.ending is None and not self.in_scope and not self._writes\n",
+        "        return self.ending is None and not self.in_scope\n",
+        "unit/test_topic_regressions.py::test_acknowledgement_that_takes_long_is_waited_for",
     ),
     Mutant(
         "topic-closed-in-silence",

@@ -457,6 +457,19 @@ async def test_late_acknowledgement_or_dead_letter(etcd, autojump_clock, shared)
             assert (effect is None) == bool(await infra.topic("orders").dead_letters("g"))
 
 
+@both_kinds
+async def test_dead_letter_is_behind_its_group(autojump_clock, infra, shared):
+    """What became a dead letter needs to be delivered no more, neither here nor to the next consumer."""
+    topic = infra.topic("orders")
+    async with topic.subscribe(group="g", shared=shared, max_retries=0) as inbox:
+        await topic.publish("x")
+        await (await following(inbox)).nack()
+        assert () == await topic.unacknowledged("g")
+        assert await nothing_comes(inbox)
+    async with topic.subscribe(group="g", shared=shared, max_retries=0) as inbox:
+        assert await nothing_comes(inbox)
+
+
 async def test_acknowledged_is_not_buried(etcd, autojump_clock):
     """A message that was acknowledged by a call that was given up is no dead letter when its time is over."""
     backend = FaultyBackend(etcd.node("one"))
