@@ -94,6 +94,7 @@ class Feed:
         self.error: EtcdError | SessionLostError | None = None
         self._ring: deque[Record] = deque()
         self._is_reset = False
+        self._newest = 0
         self._dropped = 0
         self._bytes = 0
         self._changed = trio.Event()
@@ -142,6 +143,7 @@ class Feed:
         while True:
             try:
                 async with self.backend.watch(self.messages, no_delete=True) as stream:
+                    await self._look_for_reset(stream.created_revision)
                     self._begin_anew(stream.created_revision)
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
@@ -163,6 +165,12 @@ class Feed:
             await trio.sleep(delay(failures, self.random.random()))
             failures += 1
 
+    async def _look_for_reset(self, revision: int) -> None:
+        """See whether the store went back while it was not watched; a member that lags behind is none."""
+        if revision < self._newest:
+            now = await self.backend.range(Range(KeyRange.one(self.keys.trimmed)))
+            self._is_reset = self._is_reset or now.revision < self._newest
+
     def _begin_anew(self, revision: int) -> None:
         # Race: not before, or readers would go on in what is left of the other store.
         self.resets += self._is_reset
@@ -171,6 +179,7 @@ class Feed:
         self._ring.clear()
         self._bytes = 0
         self.floor = Position(revision + 1)
+        self._newest = revision
         self.error = None
         self._tell()
 
@@ -186,6 +195,7 @@ class Feed:
             self._bytes -= len(oldest.value)
             self.floor = oldest.position
         if batch.events:
+            self._newest = batch.events[-1].revision
             self._tell()
 
     def _tell(self) -> None:

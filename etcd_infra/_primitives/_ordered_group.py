@@ -247,8 +247,9 @@ class OrderedMessages(Generic[T]):
     async def _bury(self, hold: Hold, record: Record, attempts: int, reason: str) -> None:
         logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
         burial = self._group.burial(record, attempts, reason)
-        while not await self._write(hold, Cursor(*record.position), Effects(burial)):
-            if self._is_past(record):
+        # Race: an acknowledgement whose answer nobody waited for may have moved the cursor.
+        while self._seen is None or not self._is_past(record):
+            if await self._write(hold, Cursor(*record.position), Effects(burial)):
                 break
         self._head = None
 

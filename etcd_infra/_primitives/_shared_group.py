@@ -57,6 +57,7 @@ from etcd_infra.errors import (
     CodecError,
     ConflictError,
     EtcdError,
+    FencedError,
     LockLostError,
     MessagesLostError,
     SessionLostError,
@@ -562,6 +563,9 @@ class SharedMessages(Generic[T]):
                 await self._uncount(claim, handling)
             elif handling.attempt > self._max_retries:
                 await self._bury_claimed(claim, handling, reason)
+        except FencedError as error:
+            # Taken away, or acknowledged by a copy that was on its way.
+            logger.info("%r of %r is not given back: %s", record.name, self._group.name, error)
         finally:
             if delay and handling.attempt <= self._max_retries:
                 claim.session.start_soon(lambda: self._release_later(claim, record.name, delay))
@@ -611,7 +615,10 @@ class SharedMessages(Generic[T]):
         logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
         done = self._put_progress(record.name, Progress(handling.attempt, done=True))
         burial = self._group.burial(record, handling.attempt, reason)
-        change = Change((*burial, done), (), fence=claim.fence)
+        claim.unguard()
+        # Race: without the claim no acknowledgement that is still on its way is applied to a dead letter.
+        ops = (*burial, done, DeleteRange(KeyRange.one(claim.key)))
+        change = Change(ops, (), fence=claim.fence)
         outcome = await commit(self._space.sessions, self._space.keys, fit(change))
         self._note_done(record.name, outcome.revision)
 

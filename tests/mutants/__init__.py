@@ -8,7 +8,8 @@ from tests.mutants.locks import LOCKS
 from tests.mutants.roads import ROADS
 from tests.mutants.sessions import SESSIONS
 from tests.mutants.state import STATE
+from tests.mutants.topics import TOPICS
 from tests.mutants.transactions import TRANSACTIONS
 from tests.mutants.transport import TRANSPORT
 
-EVERY_MUTANT = (*LOCKS, *LOCK_FAMILY, *ELECTIONS, *ROADS, *SESSIONS, *STATE, *TRANSACTIONS, *TRANSPORT)
+EVERY_MUTANT = (*LOCKS, *LOCK_FAMILY, *ELECTIONS, *ROADS, *SESSIONS, *STATE, *TOPICS, *TRANSACTIONS, *TRANSPORT)

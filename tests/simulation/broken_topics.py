@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from etcd_infra._etcd.model import Put
+from etcd_infra._etcd.model import Put, Txn
 from etcd_infra._primitives import _feed, _ordered_group, _trimmer
 from etcd_infra._primitives._cas import commit
 from etcd_infra._primitives._envelope import Position, Record
 from etcd_infra._primitives._feed import Feed, Reader
 from etcd_infra._primitives._group import Group
-from etcd_infra._primitives._handling import Effects, Handling
+from etcd_infra._primitives._handling import Effects
 from etcd_infra._primitives._ordered_group import OrderedMessages
 from etcd_infra._primitives._shared_group import SharedMessages
 from etcd_infra._primitives._trim_mark import TrimMark
@@ -136,7 +136,7 @@ def ids_are_not_compared():
 
     def always(self, target, content, space):
         op = write(self, target, content, space)
-        return op if isinstance(op, Put) else replace(op, compare=())
+        return op if isinstance(op, Put) else Txn((), op.success, op.failure)
 
     return replaced(Publish, "write", always)
 
@@ -159,14 +159,14 @@ def dead_and_alive():
     return replaced(Group, "resurrection", lambda _self, _record: ())
 
 
-def begins_before_it_is_settled():
-    """The next message does not wait for what is written for the one before."""
+def number_is_kept():
+    """A reader that has listed more than its watch has told is told it again."""
+    return replaced(Feed, "is_before", lambda _self, _number, _position: False)
 
-    async def hastily(self):
-        while self.ending is None:
-            await self._news.wait()
 
-    return replaced(Handling, "wait_settled", hastily)
+def lost_claims_are_remembered():
+    """A consumer never takes a message again whose claim it has lost."""
+    return replaced(SharedMessages, "lost", lambda _self, _handling: None)
 
 
 BROKEN = (
@@ -184,5 +184,6 @@ BROKEN = (
     ids_are_not_compared,
     ordered_by_key,
     dead_and_alive,
-    begins_before_it_is_settled,
+    number_is_kept,
+    lost_claims_are_remembered,
 )

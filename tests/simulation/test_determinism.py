@@ -14,10 +14,10 @@ from tests.simulation.running import run_seed
 ROOT = Path(__file__).parents[2]
 DIGESTS = """
 import hashlib, logging, sys
-from tests.simulation.running import run_seed
+from tests.simulation.running import WORKLOADS, run_seed
 logging.disable(logging.CRITICAL)
 for seed in range(int(sys.argv[1]), int(sys.argv[2])):
-    run, _ = run_seed(seed)
+    run, _ = run_seed(seed, of=WORKLOADS[sys.argv[3]])
     print(seed, hashlib.sha256("\\n".join(run.log_lines()).encode()).hexdigest())
 """
 LINES = """
@@ -51,9 +51,16 @@ def test_event_logs_are_identical():
 
 def test_twenty_seeds_repeat():
     """Twenty more seeds give the same event logs in two processes."""
-    one, other = outputs(DIGESTS, 100, 120)
+    one, other = outputs(DIGESTS, 100, 120, "locks")
     assert one == other
     assert 20 == one.count(b"\n")
+
+
+def test_topics_repeat():
+    """Twelve seeds of topics give the same event logs in two processes."""
+    one, other = outputs(DIGESTS, 100, 112, "topics")
+    assert one == other
+    assert 12 == one.count(b"\n")
 
 
 @pytest.mark.slow
@@ -61,7 +68,7 @@ def test_twenty_seeds_repeat():
 @pytest.mark.parametrize("first", range(0, 1000, 200))
 def test_a_thousand_seeds_repeat(first):
     """A thousand seeds give the same event logs in two processes."""
-    one, other = outputs(DIGESTS, first, first + 200)
+    one, other = outputs(DIGESTS, first, first + 200, "locks")
     assert one == other
     assert 200 == one.count(b"\n")
 

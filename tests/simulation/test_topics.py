@@ -40,7 +40,8 @@ SYMPTOMS = [
     (broken.ids_are_not_compared, 0, {"P5"}),
     (broken.ordered_by_key, 0, {"P4"}),
     (broken.dead_and_alive, 0, {"dead letter"}),
-    (broken.begins_before_it_is_settled, 5, {"P2", "P3", "P4", "attempts", "dead letter"}),
+    (broken.number_is_kept, 10, {"P4", "program"}),
+    (broken.lost_claims_are_remembered, 0, {"liveness"}),
 ]
 SEEDS = 40
 

@@ -139,6 +139,7 @@ class Group:
     progress: dict = field(default_factory=dict)
     claims: dict = field(default_factory=dict)
     letters: dict = field(default_factory=dict)
+    copies: dict = field(default_factory=dict)
     passed: dict = field(default_factory=dict)  # message name -> (true seconds, revision, how, origin)
     touched: dict = field(
         default_factory=dict
@@ -206,6 +207,8 @@ class TopicChecks:
     def __init__(self, run):
         self.run = run
         self.hits = []
+        # A reader takes a server whose reads are stale again and again for a restored one, and says so.
+        self.stale = any(strike.kind is FaultKind.STALE_READ for strike in run.strikes)
         self.shape = shape_of(run.seed)
         self.stored = {}
         self.order = []
@@ -468,7 +471,7 @@ class TopicChecks:
         if group.name == ORDERED and last:
             done.append(stored)
             return
-        if not stored.deleted:
+        if not stored.deleted and not self.stale:
             yield Violation("P2", f"{group.name} passed {stored} without handling it", changed.at)
             return
         revision = stored.position.revision
@@ -520,15 +523,21 @@ class TopicChecks:
     def _buried(self, group, changed, done):
         """Check that dead letters come with the end of their message, and go with an acknowledgement."""
         ends = {stored.letter: stored for stored in done}
-        copied = {self.stored[last_segment(event.key)].head.dead for event in changed.puts(("message", ""))}
+        for event in changed.puts(("message", "")):
+            copy = self.stored[last_segment(event.key)]
+            if not copy.head.dead or copy.head.group != group.name:
+                continue
+            earlier = group.copies.get(copy.head.dead)
+            if copy.head.dead not in group.letters or (
+                earlier and not earlier.deleted and earlier.name not in group.passed
+            ):
+                yield Violation("dead letter", f"{group.name}: {copy.head.dead} was replayed twice", changed.at)
+            group.copies[copy.head.dead] = copy
         for event in changed.puts(("dead", group.name)):
             letter = last_segment(event.key)
             death = msgspec.json.decode(event.kv.value.partition(b"\n")[0], type=Death)
             self.hit("dead letter", changed.at, changed.origin)
-            if death.replayed:
-                if letter not in copied or group.letters[letter].replayed:
-                    yield Violation("dead letter", f"{group.name}: {letter} was replayed twice", changed.at)
-            elif letter not in ends:
+            if letter not in ends:
                 yield Violation("dead letter", f"{group.name}: {letter} died without its end", changed.at)
             elif death.attempts != self.shape.max_retries + 1:
                 yield Violation(
@@ -713,7 +722,6 @@ class TopicChecks:
         """Check that a listener hears all, in order, once, from where it began; what it misses is told and gone."""
         public = [stored for _, name in self.order if not (stored := self.stored[name]).head.group]
         places = [(stored.position.revision, stored.index) for stored in public]
-        stale = any(strike.kind is FaultKind.STALE_READ for strike in self.run.strikes)
         began, entered, at, looks = {}, {}, {}, {}
         gaps = defaultdict(list)
         for note in self.run.notes:
@@ -736,7 +744,7 @@ class TopicChecks:
                 if number in at and index <= at[number]:
                     yield Violation("P4", f"{note} heard again, or out of order", note.at)
                 least, first = self._first(began[number], entered[number], places)
-                if number not in at and index < least and not stale:
+                if number not in at and index < least and not self.stale:
                     yield Violation("P4", f"{note} heard what came before it began", note.at)
                 hole = public[at[number] + 1 if number in at else first : index]
                 # Who begins with the oldest there is misses nothing that was trimmed before it looked.
@@ -753,13 +761,12 @@ class TopicChecks:
             return index, index
         return bisect_right(places, (note.revision, 1 << 30)), bisect_right(places, (entered, 1 << 30))
 
-    @staticmethod
-    def _hole(note, hole, gaps, looked):
+    def _hole(self, note, hole, gaps, looked):
         for stored in hole:
             revision = stored.position.revision
             told = any(gap.facts["after"] <= revision <= gap.facts["up_to"] for gap in gaps)
-            gone = stored.deleted and stored.deleted <= note.revision
-            if not (gone and (told or stored.deleted <= looked)):
+            gone = self.stale or (stored.deleted and stored.deleted <= note.revision)
+            if not (gone and (told or (stored.deleted and stored.deleted <= looked))):
                 yield Violation("P6", f"{note} did not hear {stored}; told: {gaps}", note.at)
 
     # ── receipts, and the end ───────────────────────────────────────────────────────────────────

@@ -271,7 +271,8 @@ class Life:
                     await self._news.wait()
             heard = number in self.heard
         for group in GROUPS:
-            while await self._unacknowledged(group):
+            # What a restore brought back was told to be lost; its group need not get it.
+            while not self.process._simulation.server.lineage and await self._unacknowledged(group):
                 await trio.sleep(0.2)
         if receipt is not None:  # what was heard may be unconfirmed all the same
             await self._look_after(number, receipt)

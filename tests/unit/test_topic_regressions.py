@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from random import Random
 
 import pytest
 import trio
 
 from etcd_infra import (
+    AckTimeoutError,
     ConflictError,
     LockLostError,
     MessagesLostError,
@@ -433,3 +435,123 @@ async def test_duplicate_is_told_by_the_refusal_itself(etcd, autojump_clock):
         again = await topic.publish("y", message_id="id")
         assert (True, first.revision) == (again.is_duplicate, again.revision)
         assert 1 == len([call for call in backend.calls if call.verb in {"txn", "range"}])
+
+
+@both_kinds
+async def test_late_acknowledgement_or_dead_letter(etcd, autojump_clock, shared):
+    """An acknowledgement that arrives when its message is being buried acknowledges it, or it is dead: never both."""
+    for seconds in (0.2, 0.6, 1.0, 1.4, 2.0):
+        backend = FaultyBackend(etcd.node("one"))
+        async with (
+            open_infra(backend, namespace=f"test-{seconds}") as infra,
+            infra.topic("orders").subscribe(group="g", shared=shared, ack_after=1.0, max_retries=0) as inbox,
+        ):
+            await infra.topic("orders").publish("x")
+            with suppress(AckTimeoutError, LockLostError):
+                async with (await following(inbox)).transaction() as tx:
+                    tx.set("effect", 1)
+                    await trio.sleep(0.5)
+                    backend.apply_next_late(seconds)
+            assert await nothing_comes(inbox)
+            effect = await infra.state.get("effect")
+            assert (effect is None) == bool(await infra.topic("orders").dead_letters("g"))
+
+
+@both_kinds
+async def test_dead_letter_is_behind_its_group(autojump_clock, infra, shared):
+    """What became a dead letter needs to be delivered no more, neither here nor to the next consumer."""
+    topic = infra.topic("orders")
+    async with topic.subscribe(group="g", shared=shared, max_retries=0) as inbox:
+        await topic.publish("x")
+        await (await following(inbox)).nack()
+        assert () == await topic.unacknowledged("g")
+        assert await nothing_comes(inbox)
+    async with topic.subscribe(group="g", shared=shared, max_retries=0) as inbox:
+        assert await nothing_comes(inbox)
+
+
+async def test_acknowledged_is_not_buried(etcd, autojump_clock):
+    """A message that was acknowledged by a call that was given up is no dead letter when its time is over."""
+    backend = FaultyBackend(etcd.node("one"))
+    async with (
+        open_infra(backend) as infra,
+        infra.topic("orders").subscribe(group="g", ack_after=5.0, max_retries=0) as inbox,
+    ):
+        await infra.topic("orders").publish("x")
+        message = await following(inbox)
+        backend.delay_next_answer(3.0)
+        with trio.move_on_after(1):
+            await message.ack()
+        assert await nothing_comes(inbox, 20)
+        assert () == await infra.topic("orders").dead_letters("g")
+
+
+# ── what each comparison is for ─────────────────────────────────────────────────────────────────
+
+
+async def test_place_that_is_lost_on_the_way_acknowledges_nothing(etcd, autojump_clock):
+    """An acknowledgement that arrives after its consumer's place in line was deleted is refused."""
+    backend, operator = FaultyBackend(etcd.node("one")), etcd.node("operator")
+    async with (
+        open_infra(backend) as infra,
+        infra.topic("orders").subscribe(group="g") as inbox,
+        trio.open_nursery() as nursery,
+    ):
+        await infra.topic("orders").publish("x")
+        message = await following(inbox)
+        before = await operator.get(KEYS.cursor("g"))
+        backend.delay_next(2.0)
+
+        async def acknowledge():
+            with pytest.raises(LockLostError):
+                await message.ack()
+
+        nursery.start_soon(acknowledge)
+        await trio.sleep(1)
+        [name] = keys_of(etcd, KEYS.consumers("g"))
+        await operator.txn(Txn(success=(DeleteRange(KeyRange.one(KEYS.consumers("g") + name)),)))
+        await trio.sleep(5)
+        assert before == await operator.get(KEYS.cursor("g"))
+
+
+async def test_acknowledgement_leaves_another_group_of_the_name_alone(etcd, autojump_clock):
+    """Whoever handles a message while its group is deleted and made anew does not move the new one's cursor."""
+    async with (
+        open_infra(etcd.node("one"), seed=1) as one,
+        open_infra(etcd.node("two"), seed=2) as two,
+        one.topic("orders").subscribe(group="g") as inbox,
+    ):
+        await one.topic("orders").publish("x")
+        message = await following(inbox)
+        await two.topic("orders").delete_group("g")
+        async with two.topic("orders").subscribe(group="g"):
+            pass
+        before = await two.backend.get(KEYS.cursor("g"))
+        with suppress(ConflictError, NotHeldError):
+            await message.ack()
+        assert before == await two.backend.get(KEYS.cursor("g"))
+
+
+@pytest.mark.parametrize("step", [1, 64], ids=["below the floor", "done"])
+async def test_what_was_done_unseen_is_not_claimed(etcd, autojump_clock, monkeypatch, step):
+    """A consumer that did not hear of a message's end is refused its claim, by its progress or by the floor."""
+    monkeypatch.setattr(_shared_group, "FLOOR_STEP", step)
+    async with (
+        open_infra(etcd.node("one"), seed=1) as one,
+        open_infra(etcd.node("two"), seed=2) as two,
+        one.topic("orders").subscribe(group="g", shared=True) as deaf,
+        two.topic("orders").subscribe(group="g", shared=True) as inbox,
+    ):
+        monkeypatch.setattr(deaf, "_see", lambda _kv: None)
+        monkeypatch.setattr(deaf, "_saw", lambda _event: None)
+        await one.topic("orders").publish("x")
+        async with await following(inbox) as message:
+            assert "x" == message.payload
+        if step == 1:
+            await one.topic("orders").publish("y")
+            async with await following(inbox):
+                pass
+            assert [] != keys_of(etcd, KEYS.progress("g", ""))
+            await trio.sleep(1)
+        monkeypatch.undo()
+        assert await nothing_comes(deaf)
