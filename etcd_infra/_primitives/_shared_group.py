@@ -412,8 +412,7 @@ class SharedMessages(Generic[T]):
     async def _take(self, record: Record) -> GroupMessage[T] | None:
         """Claim a message, or bury it; None: somebody else was faster, or it is buried."""
         session = await self._space.sessions.current()
-        if record.name not in self._waiting or record.position <= self._floor:
-            self._forget(record.name)
+        if record.name not in self._waiting:
             return None  # Race: somebody was done with it while there was no session here
         seen, progress = self._progress.get(record.name, (0, Progress()))
         self._busy[record.name] = None
