@@ -27,7 +27,7 @@ TOPICS = (
         "_primitives/_handling.py",
         "    return Effects((*ops, *run.publications), written, conditions)\n",
         "    return Effects(ops, written, conditions)\n",
-        "simulation/test_topics.py::test_invariants_hold[0]",
+        "unit/test_topic_regressions.py::test_handler_publishes_with_its_effects",
     ),
     Mutant(
         "topic-handled-when-handed-over",
@@ -107,7 +107,7 @@ TOPICS = (
         "_primitives/_message_names.py",
         "            return sorted(found), first\n",
         "            return found, first\n",
-        "simulation/test_topics.py::test_invariants_hold[0]",
+        "unit/test_topic_regressions.py::test_list_is_in_the_order_of_revisions",
     ),
     Mutant(
         "topic-claims-over-claims",

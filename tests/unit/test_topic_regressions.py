@@ -555,3 +555,35 @@ async def test_what_was_done_unseen_is_not_claimed(etcd, autojump_clock, monkeyp
             await trio.sleep(1)
         monkeypatch.undo()
         assert await nothing_comes(deaf)
+
+
+@both_kinds
+async def test_handler_publishes_with_its_effects(autojump_clock, infra, shared):
+    """What a handler publishes through its transaction is published at the revision of its effects, or not at all."""
+    topic = infra.topic("orders")
+    async with topic.subscribe(group="g", shared=shared) as inbox, infra.topic("echo").subscribe() as echoes:
+        await topic.publish("x")
+        with suppress(ZeroDivisionError):
+            async with (await following(inbox)).transaction() as tx:
+                tx.publish("echo", "never")
+                raise ZeroDivisionError
+        async with (await following(inbox)).transaction() as tx:
+            tx.set("effect", 1)
+            tx.publish("echo", "once")
+        echo = await following(echoes)
+        entry = await infra.state.get("effect")
+        assert ("once", entry.version) == (echo.payload, echo.revision)
+
+
+async def test_list_is_in_the_order_of_revisions(etcd, autojump_clock):
+    """Messages are listed as they were committed, whatever their publishers' clocks say."""
+    async with open_infra(etcd.node("one"), seed=1) as one, open_infra(etcd.node("two"), seed=2) as two:
+        clock = one.topic("orders")._space.clock
+        for number in range(6):
+            # Names begin with the time: those of one publisher are an hour ahead.
+            node = (one, two)[number % 2]
+            names = node.topic("orders")._space.names
+            names.next(clock.wall() + (3600 if node is one else 0))
+            await node.topic("orders").publish(number)
+        async with two.topic("orders").subscribe(from_revision=0) as inbox:
+            assert list(range(6)) == [(await following(inbox)).payload for _ in range(6)]
