@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
+import trio
 
 from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, KeyValue, Put, Range
+from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Refused, commit, found_in
 from etcd_infra._primitives._envelope import Head, Position, Record, pack
 from etcd_infra._primitives._many import read_many
+from etcd_infra._primitives._space import MAX_READS
 from etcd_infra._primitives.message import DeadLetter, Delivery, GroupMessage, Message
 from etcd_infra.errors import CodecError, ConflictError
 
@@ -107,6 +110,23 @@ class Group(Generic[T]):
     async def read_cursor(self) -> KeyValue | None:
         """Read its cursor; None if there is no such group. One round trip."""
         return await self.space.backend.get(self.cursor_key)
+
+    async def known_cursor(self) -> KeyValue:
+        """
+        Read the cursor of a group that was there.
+
+        Raises:
+            ConflictError: it was deleted.
+
+        Round trips:
+            One.
+        """
+        for attempt in range(MAX_READS):
+            if (found := await self.read_cursor()) is not None:
+                return found
+            # etcd: some servers answer linearizable reads with an older revision now and then (#20418).
+            await trio.sleep(delay(attempt, self.space.random.random()))
+        raise self.deleted()
 
     async def create(self, *, shared: bool, start: Position | None) -> None:
         """

@@ -318,9 +318,7 @@ class OrderedMessages(Generic[T]):
     # ── the cursor ──────────────────────────────────────────────────────────────────────────────
 
     async def _read_cursor(self) -> None:
-        found = await self._group.read_cursor()
-        if found is None:
-            raise self._group.deleted()
+        found = await self._group.known_cursor()
         self._adopt(found)
         self._counted = ""
         self._reader.since = found.create_revision

@@ -57,7 +57,6 @@ from etcd_infra.errors import (
     CodecError,
     ConflictError,
     EtcdError,
-    FencedError,
     LockLostError,
     MessagesLostError,
     SessionLostError,
@@ -197,6 +196,8 @@ class SharedMessages(Generic[T]):
         self._cursor_seen = 0
         self._floor = Position(0)
         self._read_up_to = Position(0)
+        self._store_is_new = False
+        self._reading = trio.CancelScope()
         self._waiting: dict[str, Record] = {}
         self._ahead: dict[str, Position] = {}
         self._claimed: dict[str, int] = {}
@@ -288,10 +289,11 @@ class SharedMessages(Generic[T]):
             while len(self._waiting) - len(self._claimed) >= WAITING or len(self._ahead) >= AHEAD:
                 await self._changed.wait()
             try:
-                if resets != self._reader.resets:
+                if self._store_is_new or resets != self._reader.resets:
                     await self._begin_anew()
                     resets = self._reader.resets
-                self._add(await self._reader.next())
+                with trio.CancelScope() as self._reading:
+                    self._add(await self._reader.next())
             except MessagesLostError as error:
                 self._lost.append(error)
             except (EtcdError, ConflictError, SessionLostError) as error:
@@ -304,9 +306,8 @@ class SharedMessages(Generic[T]):
 
     async def _begin_anew(self) -> None:
         """Go by the floor of a store that was restored or wiped."""
-        found = await self._group.read_cursor()
-        if found is None:
-            raise self._group.deleted()
+        found = await self._group.known_cursor()
+        self._store_is_new = False
         self._waiting.clear()
         self._ahead.clear()
         self._read_up_to = Position(0)
@@ -325,7 +326,11 @@ class SharedMessages(Generic[T]):
         """Keep claims and progress up to date; started once they are."""
         while True:
             match await mirror.receive():
-                case Snapshot(kvs=kvs):
+                case Snapshot(kvs=kvs, store_reset=store_reset):
+                    if store_reset:
+                        # What was done in the store before may not be done in this one.
+                        self._store_is_new = True
+                        self._reading.cancel()
                     self._claimed.clear()
                     self._progress.clear()
                     for kv in kvs:
@@ -373,9 +378,7 @@ class SharedMessages(Generic[T]):
 
     async def _read_floor(self) -> None:
         """Read the cursor, and go on from there."""
-        found = await self._group.read_cursor()
-        if found is None:
-            raise self._group.deleted()
+        found = await self._group.known_cursor()
         self._take_floor(found)
         self._reader.since = found.create_revision
         self._reader.move(max(self._reader.position, self._floor))
@@ -562,9 +565,6 @@ class SharedMessages(Generic[T]):
                 await self._uncount(claim, handling)
             elif handling.attempt > self._max_retries:
                 await self._bury_claimed(claim, handling, reason)
-        except FencedError as error:
-            # Taken away, or acknowledged by a copy that was on its way.
-            logger.info("%r of %r is not given back: %s", record.name, self._group.name, error)
         finally:
             if delay and handling.attempt <= self._max_retries:
                 claim.session.start_soon(lambda: self._release_later(claim, record.name, delay))

@@ -41,7 +41,7 @@ SYMPTOMS = [
     (broken.ordered_by_key, 0, {"P4"}),
     (broken.dead_and_alive, 0, {"dead letter"}),
     (broken.number_is_kept, 10, {"P4", "program"}),
-    (broken.lost_claims_are_remembered, 0, {"liveness"}),
+    (broken.lost_claims_are_remembered, 40, {"liveness"}),
 ]
 SEEDS = 40
 
