@@ -315,7 +315,7 @@ class Reader:
     def _start_over(self) -> None:
         lost_after = self.position.revision
         self.move(self._feed.floor)
-        up_to = self.position.revision - 1
+        up_to = self.position.revision - (not self.position.name)
         raise MessagesLostError(
             f"the store was restored or wiped: it went from {lost_after} to {up_to}", lost_after, up_to
         )
