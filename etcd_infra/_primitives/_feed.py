@@ -329,7 +329,7 @@ class Reader:
         before = self.position.revision
         self.move(self._feed.floor)
         self._told_trimmed = Position(0)
-        now = self.position.revision - 1
+        now = self.position.revision - (not self.position.name)
         raise MessagesLostError(
             f"the store was restored or wiped: it was at {before} and is at {now}",
             min(before, now),

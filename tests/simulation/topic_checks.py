@@ -802,7 +802,8 @@ class TopicChecks:
                 and at + 1.0 < group.moved
                 and self.stored[name].position <= group.position
             ]
-            if stale:
+            # A floor that moves once in 64 messages forgets what was trimmed more slowly than a run is long.
+            if stale and self.shape.buffers != "large":
                 yield Violation("left over", f"{group.name}: progress of {stale}", self.run.calm_at)
             if left:
                 yield Violation(
