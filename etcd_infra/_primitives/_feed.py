@@ -352,12 +352,12 @@ class Reader:
         self._number = None
         # Race: the floor as it is now; while page after page is read it moves on.
         least = max(self._feed.floor.revision, start.revision) - 1
-        positions, revision = await list_positions(
+        positions, revision, read_at = await list_positions(
             backend, self._feed.messages, start.revision, most=LISTED_TOGETHER + 1
         )
         self._check_fresh(revision, least)
         mark = await backend.range(Range(KeyRange.one(self._feed.keys.trimmed)))
-        self._check_fresh(mark.revision, revision)
+        self._check_fresh(mark.revision, read_at)
         self._listed_at = revision
         if len(positions) > LISTED_TOGETHER:
             # Whole revisions only: the next list begins with what is cut off here.

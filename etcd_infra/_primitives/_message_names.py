@@ -22,12 +22,14 @@ NAMES_TOGETHER: Final = 1000
 
 async def list_positions(
     backend: Backend, messages: KeyRange, since: int, *, most: int | None = None
-) -> tuple[list[Position], int]:
+) -> tuple[list[Position], int, int]:
     """
-    List the messages of revision `since` and later, in order, and the revision up to which none is missing.
+    List the messages of revision `since` and later, in order.
 
-    A message that is deleted meanwhile may be missing: look at the trim mark afterwards. With `most` only the
-    first so many are returned.
+    Returns:
+        The messages (with `most`, only the first so many), the revision up to which none is missing, and the one
+        at which the last ones were read. One that was deleted before that may be missing: look at the trim mark
+        as it is then, or later.
 
     Raises:
         UnavailableError: a stale read.
@@ -37,13 +39,14 @@ async def list_positions(
         One for each 1,000 messages of the topic.
     """
     found: list[Position] = []
-    first = 0
+    first = last = 0
     rest = messages
     while True:
         page = await backend.range(Range(rest, limit=NAMES_TOGETHER, keys_only=True))
         # etcd: some servers answer linearizable reads with an older revision now and then (#20418).
-        if page.revision < first:
-            raise UnavailableError(f"a stale read: at {page.revision}, not {first}")
+        if page.revision < last:
+            raise UnavailableError(f"a stale read: at {page.revision}, not {last}")
+        last = page.revision
         first = first or page.revision
         found += [
             Position(kv.create_revision, last_segment(kv.key))
@@ -53,5 +56,5 @@ async def list_positions(
         if most is not None and len(found) > most:
             found = nsmallest(most, found)
         if not page.more:
-            return sorted(found), first
+            return sorted(found), first, last
         rest = KeyRange(page.kvs[-1].key + b"\0", rest.end)

@@ -67,7 +67,7 @@ class GroupMessage(Message[T]):
     ``async with message:`` cancels its body when the message is taken away or its time is over, acknowledges
     it when the body has succeeded, and has it delivered again when the body has raised.
 
-    Raises (on leaving):
+    Raises (on leaving; if it was being acknowledged just then, it may be acknowledged all the same):
         LockLostError: it was taken away: the session was lost, or somebody deleted the claim. Another consumer
             gets it.
         AckTimeoutError: `ack_after` seconds were over.
@@ -131,7 +131,8 @@ class GroupMessage(Message[T]):
         Raises (on leaving):
             ConflictError: what was read has changed meanwhile; nothing was written. It is delivered again, and
                 this does not count as an attempt.
-            LockLostError, AckTimeoutError, BaseException: as ``async with message``; nothing was written.
+            LockLostError, AckTimeoutError, BaseException: as ``async with message``; nothing was written, unless
+                it was being committed just then: then all of it was, or nothing.
             InvalidRequestError: over etcd's budget; nothing was written.
             NotHeldError: it is settled already: by `ack` or `nack`, or because it was published at most once.
 

@@ -308,7 +308,7 @@ class Topic(Generic[T]):
         cursor = Cursor.parse(found)
         position = cursor.position(found)
         messages = KeyRange.prefix(self._keys.messages)
-        positions, _ = await list_positions(self._space.backend, messages, position.revision)
+        positions, _, _ = await list_positions(self._space.backend, messages, position.revision)
         waiting = [record for record in numbered(positions) if record.position > position]
         if not cursor.shared:
             return waiting, {cursor.head: cursor.attempts}

@@ -106,7 +106,7 @@ async def _names(backend: Backend, keys: Keys) -> list[str]:
 
 
 async def _describe(backend: Backend, keys: TopicKeys, name: str, now: float) -> TopicInfo:
-    messages, _ = await list_positions(backend, KeyRange.prefix(keys.messages), 0)
+    messages, _, _ = await list_positions(backend, KeyRange.prefix(keys.messages), 0)
     cursors = (await backend.range(Range(KeyRange.prefix(keys.cursors)))).kvs
     mark = (await backend.range(Range(KeyRange.one(keys.trimmed)))).kvs
     groups = [await _group(backend, keys, kv, messages, now) for kv in cursors]
