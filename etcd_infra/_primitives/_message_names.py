@@ -27,9 +27,9 @@ async def list_positions(
     List the messages of revision `since` and later, in order.
 
     Returns:
-        The messages (with `most`, only the first so many), the revision up to which none is missing, and the one
-        at which the last ones were read. One that was deleted before that may be missing: look at the trim mark
-        as it is then, or later.
+        The messages (with `most`, only the first so many), the revision up to which none is missing, and the
+        one at which the last ones were read. One that was deleted before that may be missing: look at the trim
+        mark as it is then, or later.
 
     Raises:
         UnavailableError: a stale read.

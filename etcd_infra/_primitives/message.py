@@ -131,8 +131,8 @@ class GroupMessage(Message[T]):
         Raises (on leaving):
             ConflictError: what was read has changed meanwhile; nothing was written. It is delivered again, and
                 this does not count as an attempt.
-            LockLostError, AckTimeoutError, BaseException: as ``async with message``; nothing was written, unless
-                it was being committed just then: then all of it was, or nothing.
+            LockLostError, AckTimeoutError, BaseException: as ``async with message``; nothing was written,
+                unless it was being committed just then: then all of it was, or nothing.
             InvalidRequestError: over etcd's budget; nothing was written.
             NotHeldError: it is settled already: by `ack` or `nack`, or because it was published at most once.
 

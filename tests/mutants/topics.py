@@ -105,8 +105,8 @@ TOPICS = (
         "topic-listed-by-name",
         "Messages are read in the order of their publishers' clocks.",
         "_primitives/_message_names.py",
-        "            return sorted(found), first\n",
-        "            return found, first\n",
+        "            return sorted(found), first, last\n",
+        "            return found, first, last\n",
         "unit/test_topic_regressions.py::test_list_is_in_the_order_of_revisions",
     ),
     Mutant(
