@@ -108,18 +108,22 @@ async def streams(options: argparse.Namespace, pythons: dict[str, str], endpoint
                 )
 
 
+KEPT = 20_000
+
+
 async def memory(endpoint: str, count: int) -> None:
     """Publish many messages with a retention, and listen: what a process holds must not grow."""
     together = 100
     sizes: dict[int, int] = {}
     async with open_coordinator(endpoint, namespace="memory") as infra, trio.open_nursery() as nursery:
-        topic = infra.topic("many", retention=Retention(count=1000, unacknowledged=True))
+        topic = infra.topic("many", retention=Retention(count=KEPT, unacknowledged=True))
         progress, heard = trio.Event(), trio.Event()
+        seen = published = 0
 
         async def listen() -> None:
+            nonlocal seen
             async with topic.subscribe() as messages:
                 progress.set()
-                seen = 0
                 async for _ in messages:
                     seen += 1
                     if seen in {count // 10, count}:
@@ -132,7 +136,12 @@ async def memory(endpoint: str, count: int) -> None:
         await progress.wait()
 
         async def publish(share: int) -> None:
+            nonlocal published
             for _ in range(share // together):
+                # The retention keeps less than a publisher that runs ahead would need.
+                while published - seen > KEPT // 2:  # noqa: ASYNC110 - once per hundred messages
+                    await trio.sleep(0.01)
+                published += together
                 await infra.execute([Publish("many", b"x" * 100) for _ in range(together)])
 
         async with trio.open_nursery() as publishers:
