@@ -19,6 +19,7 @@ from etcd_infra._primitives._candidacy import Candidacies
 from etcd_infra._primitives._envelope import Names
 from etcd_infra._primitives._lock_like import Renewal
 from etcd_infra._primitives._space import Space
+from etcd_infra._primitives._trunk import Trunks
 from etcd_infra._primitives._ttl_leases import TtlLeases
 from etcd_infra._primitives.counter import Combiners, Counter
 from etcd_infra._primitives.election import Election
@@ -29,7 +30,7 @@ from etcd_infra._primitives.rwlock import RWLock
 from etcd_infra._primitives.semaphore import Semaphore
 from etcd_infra._primitives.state import State
 from etcd_infra._primitives.stm import Isolation, transact
-from etcd_infra._primitives.topic import Topic, Trunks
+from etcd_infra._primitives.topic import Topic
 from etcd_infra._primitives.transaction import execute
 from etcd_infra._primitives.two_phase import begin
 from etcd_infra._primitives.write_behind import WriteBehind, open_write_behind

@@ -37,21 +37,18 @@ from etcd_infra._etcd.model import Compare, KeyRange, Put, Range
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, commit, found_in
 from etcd_infra._primitives._envelope import Position
+from etcd_infra._primitives._foremost import become_foremost
 from etcd_infra._primitives._group import Cursor, Group
 from etcd_infra._primitives._handling import Effects, Ending, Handling
-from etcd_infra._primitives._hold import Hold
 from etcd_infra._primitives._one_at_a_time import OneAtATime
-from etcd_infra._primitives._turn import come_first
-from etcd_infra._primitives._waitqueue import Spot
-from etcd_infra._primitives._who import introduce
-from etcd_infra._primitives.fence import Fence
 from etcd_infra._session.keepalive import clean_up_deadline
-from etcd_infra.errors import EtcdInfraError, FencedError, LockLostError, NotHeldError, SessionLostError
+from etcd_infra.errors import EtcdInfraError, FencedError, NotHeldError
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.model import KeyValue
     from etcd_infra._primitives._envelope import Record
-    from etcd_infra._primitives._feed import Reader
+    from etcd_infra._primitives._hold import Hold
+    from etcd_infra._primitives._reader import Reader
     from etcd_infra._primitives.message import GroupMessage
 
 T = TypeVar("T")
@@ -146,23 +143,7 @@ class OrderedMessages(Generic[T]):
 
     async def _wait_turn(self) -> Hold | None:
         line = self._group.keys.consumers(self._group.name)
-        session = await self._space.sessions.current()
-        place = Spot(line, line).place(session, introduce(session))
-        hold: Hold | None = None
-        try:
-            with session.tether():
-                await come_first(place)
-                proof = (Compare.created_at(place.key, place.token),)
-                fence = Fence(
-                    f"{self._group.topic}/{self._group.name}", place.token, session.own_key.epoch, proof
-                )
-                hold = Hold(session, place, fence, own=None)
-        except (LockLostError, SessionLostError) as error:
-            logger.info("a consumer of %r stands in line anew: %s", self._group.name, error)
-        finally:
-            if hold is None:
-                await place.leave(until=session.clean_up_deadline())
-        return hold
+        return await become_foremost(self._space.sessions, line, f"{self._group.topic}/{self._group.name}")
 
     async def _let_go(self) -> None:
         hold, self._hold = self._hold, None

@@ -33,7 +33,7 @@ Source
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from heapq import nsmallest
 from math import inf
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -47,29 +47,27 @@ from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, T
 from etcd_infra._policy.backoff import delay as backoff
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, Refused, commit, found_in
+from etcd_infra._primitives._claim import Claim, Claimant, Progress, parse_progress, unclaim
 from etcd_infra._primitives._envelope import Position
 from etcd_infra._primitives._group import Cursor, Group
 from etcd_infra._primitives._handling import Effects, Ending, Handling
-from etcd_infra._primitives._who import Who, running_task
-from etcd_infra._primitives.fence import Fence
+from etcd_infra._primitives._who import running_task
 from etcd_infra._session.mirror import Changes, Snapshot, open_mirror
 from etcd_infra.errors import (
     CodecError,
     ConflictError,
     EtcdError,
-    LockLostError,
     MessagesLostError,
     SessionLostError,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from etcd_infra._etcd.model import Event, KeyValue
     from etcd_infra._primitives._envelope import Record
-    from etcd_infra._primitives._feed import Reader
+    from etcd_infra._primitives._reader import Reader
     from etcd_infra._primitives.message import GroupMessage
-    from etcd_infra._session.key_watch import Guarded
     from etcd_infra._session.mirror import Mirror
     from etcd_infra._session.session import Session
 
@@ -92,90 +90,6 @@ IDLE_SECONDS: Final = 5.0
 
 FORGOTTEN_TOGETHER: Final = 16
 """Of so many messages that were perhaps trimmed, the progress is deleted with each move of the floor."""
-
-
-class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What came of a message so far: how often it was begun, and whether it is done."""
-
-    attempts: int = 0
-    done: bool = False
-
-
-class Claimant(Who, frozen=True):
-    """Who claims; `claim` tells this claim from any other one of its session, even on the same message."""
-
-    claim: int = 0
-
-
-class Claim:
-    """
-    The right to handle one message; see `Custody`.
-
-    Attributes:
-        fence: Its proof is that the claim is there.
-    """
-
-    def __init__(self, session: Session, key: bytes, claims: bytes, token: int) -> None:
-        proof = (Compare.created_at(key, token),)
-        self.fence = Fence(key.decode(errors="replace"), token, session.own_key.epoch, proof)
-        self.session = session
-        self.key = key
-        self._claims = claims
-        self._gone = False
-        self._over = False
-        self._scopes: dict[trio.CancelScope, None] = {}
-        self._guarded: Guarded | None = None
-
-    def guard(self) -> None:
-        """Notice from now on if it is deleted."""
-        watch = self.session.key_watch(self._claims)
-        self._guarded = watch.guard(self.key, self.fence.token, self._on_gone)
-
-    def unguard(self) -> None:
-        """Expect its end: it is our own doing."""
-        if self._guarded is not None:
-            self._guarded.forget()
-
-    def is_held(self) -> bool:
-        """See `Custody`."""
-        return not (self._gone or self._over or self.session.lease.is_lost())
-
-    @contextmanager
-    def tied(self) -> Generator[None]:
-        """See `Custody`."""
-        with self.session.tether() as tether:
-            self._scopes[tether.scope] = None
-            if self._gone:
-                tether.scope.cancel()
-            try:
-                yield
-            finally:
-                del self._scopes[tether.scope]
-
-    def loss(self) -> LockLostError:
-        """See `Custody`."""
-        reason = self.session.lease.error or "somebody deleted it"
-        return LockLostError(f"the claim {self.fence.resource!r} was lost: {reason}")
-
-    async def delete(self) -> None:
-        """Give the message back; an `EtcdError` means that nothing is definite."""
-        self.disown()
-        one = KeyRange.one(self.key)
-        await self.session.backend.txn(Txn(self.fence.proof, (DeleteRange(one),)))
-
-    def disown(self) -> None:
-        """Have nothing to do with it any more: what is left under its key is a stranger."""
-        self.unguard()
-        if not self._over:
-            # Race: only once, as the same key may be claimed again before the deletion is definite.
-            self._over = True
-            self.session.janitor.known_keys.discard(self.key)
-
-    def _on_gone(self) -> None:
-        self._gone = True
-        self.session.lease.examine()
-        for scope in tuple(self._scopes):
-            scope.cancel()
 
 
 class SharedMessages(Generic[T]):
@@ -447,7 +361,7 @@ class SharedMessages(Generic[T]):
             outcome = await session.slots.write(request)
         except BaseException:
             session.janitor.known_keys.discard(key)
-            session.janitor.take_over(lambda: _unclaim(session, key, mine))
+            session.janitor.take_over(lambda: unclaim(session, key, mine))
             raise
         if not outcome.applied:
             session.janitor.known_keys.discard(key)
@@ -695,19 +609,3 @@ class SharedMessages(Generic[T]):
                 suppress(EtcdError, SessionLostError),
             ):
                 await self._move_floor()
-
-
-async def _unclaim(session: Session, key: bytes, value: bytes) -> None:
-    """Delete a claim of ours of which nobody knows whether it was put."""
-    found = await session.backend.get(key)
-    if found is not None and found.value == value:
-        mine = Compare.created_at(key, found.create_revision)
-        await session.backend.txn(Txn((mine,), (DeleteRange(KeyRange.one(key)),)))
-
-
-def parse_progress(kv: KeyValue) -> Progress:
-    """Read a progress; what is none counts as nothing."""
-    try:
-        return msgspec.json.decode(kv.value, type=Progress)
-    except msgspec.DecodeError:
-        return Progress()

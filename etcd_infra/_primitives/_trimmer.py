@@ -51,26 +51,22 @@ from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, commit, found_in
 from etcd_infra._primitives._envelope import Position, time_of
+from etcd_infra._primitives._foremost import become_foremost
 from etcd_infra._primitives._group import Cursor
 from etcd_infra._primitives._groups import in_groups
-from etcd_infra._primitives._hold import Hold
 from etcd_infra._primitives._trim_mark import TrimMark
-from etcd_infra._primitives._turn import come_first
-from etcd_infra._primitives._waitqueue import Spot
-from etcd_infra._primitives._who import introduce
-from etcd_infra._primitives.fence import Fence
 from etcd_infra.errors import (
     CodecError,
     EtcdError,
     FencedError,
     InvalidAnswerError,
-    LockLostError,
     SessionLostError,
 )
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.keys import TopicKeys
     from etcd_infra._etcd.model import KeyValue
+    from etcd_infra._primitives._hold import Hold
     from etcd_infra._primitives._space import Space
 
 logger = logging.getLogger("etcd_infra.topic")
@@ -134,7 +130,7 @@ class Trimmer:
         failures = 0
         while True:
             try:
-                hold = await self._wait_turn()
+                hold = await become_foremost(self._space.sessions, self._keys.trimmers, self._topic)
                 if hold is None:
                     continue
                 failures = 0
@@ -149,24 +145,6 @@ class Trimmer:
                 logger.warning("topic %r is not trimmed at the moment: %s", self._topic, error)
                 await trio.sleep(delay(failures, self._space.random.random()))
                 failures += 1
-
-    async def _wait_turn(self) -> Hold | None:
-        session = await self._space.sessions.current()
-        place = Spot(self._keys.trimmers, self._keys.trimmers).place(session, introduce(session))
-        hold: Hold | None = None
-        try:
-            with session.tether():
-                await come_first(place)
-                proof = (Compare.created_at(place.key, place.token),)
-                hold = Hold(
-                    session, place, Fence(self._topic, place.token, session.own_key.epoch, proof), own=None
-                )
-        except (LockLostError, SessionLostError) as error:
-            logger.info("a trimmer of %r stands in line anew: %s", self._topic, error)
-        finally:
-            if hold is None:
-                await place.leave(until=session.clean_up_deadline())
-        return hold
 
     async def _trim_now_and_then(self, hold: Hold) -> None:
         # Who trimmed before may have died before it forgot the ids.

@@ -11,8 +11,8 @@ import trio
 from etcd_infra._etcd.model import KeyRange, Range, Txn
 from etcd_infra._policy.backoff import delay
 from etcd_infra._primitives._cas import found_in
+from etcd_infra._primitives._claim import Progress
 from etcd_infra._primitives._group import Cursor
-from etcd_infra._primitives._shared_group import Progress
 from etcd_infra.errors import CompactedError, FutureRevisionError, UnavailableError
 
 if TYPE_CHECKING:

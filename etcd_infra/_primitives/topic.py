@@ -27,24 +27,23 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from math import inf
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
-from weakref import WeakValueDictionary
 
 from etcd_infra._etcd.keys import encode_segment, last_segment
 from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, Txn, TxnResult
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, check_fence, commit, found_in
+from etcd_infra._primitives._claim import Progress, parse_progress
 from etcd_infra._primitives._envelope import Position, Record, numbered
-from etcd_infra._primitives._feed import Feed, Reader, open_feed
 from etcd_infra._primitives._group import Cursor, Group, message_of
 from etcd_infra._primitives._groups import in_groups
 from etcd_infra._primitives._many import read_many
 from etcd_infra._primitives._message_names import list_positions
 from etcd_infra._primitives._one_at_a_time import OneAtATime
 from etcd_infra._primitives._ordered_group import OrderedMessages
-from etcd_infra._primitives._shared import Shared
-from etcd_infra._primitives._shared_group import Progress, SharedMessages, parse_progress
+from etcd_infra._primitives._reader import Reader
+from etcd_infra._primitives._shared_group import SharedMessages
 from etcd_infra._primitives._space import check_revision
-from etcd_infra._primitives._trimmer import Retention, Trimmer
+from etcd_infra._primitives._trimmer import Retention
 from etcd_infra._primitives.message import DeadLetter, Delivery, Message
 from etcd_infra._primitives.publish import Publish
 from etcd_infra._primitives.receipt import Receipt
@@ -54,8 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from contextlib import AbstractAsyncContextManager
 
-    from etcd_infra._etcd.background import Background
     from etcd_infra._primitives._space import Space
+    from etcd_infra._primitives._trunk import Trunk
     from etcd_infra._primitives.fence import Fence
 
 T = TypeVar("T")
@@ -445,50 +444,6 @@ class Messages(Generic[T]):
                 record = await self._reader.next()
                 if not record.head.group:
                     return message_of(self._space, self._topic, self._type, record, 1)
-
-
-class Trunk:
-    """What all `Topic` objects of one name and coordinator share: the feed, and the offers to trim."""
-
-    def __init__(self, space: Space, name: str, background: Background) -> None:
-        self.space = space
-        self.name = name
-        self.keys = space.keys.topic(name)
-        self.feed: Shared[Feed] = Shared(background, self._open_feed)
-        self._background = background
-        self._trimmer: Trimmer | None = None
-
-    def _open_feed(self) -> AbstractAsyncContextManager[Feed]:
-        return open_feed(self.space.backend, self.keys, self.space.random)
-
-    def offer_to_trim(self, retention: Retention) -> None:
-        """Trim in the background, whenever it is this process's turn, until the coordinator is closed."""
-        if self._trimmer is not None:
-            self._trimmer.retention = retention
-        elif not self._background.dismissed:
-            self._trimmer = Trimmer(self.space, self.name, self.keys, retention)
-            self._background.start_soon(self._trim, self._trimmer)
-
-    async def _trim(self, trimmer: Trimmer) -> None:
-        # A method, so that this object lives as long as its trimmer, and nobody makes a second one.
-        await trimmer.run()
-
-
-class Trunks:
-    """The topics of one coordinator: one trunk for all `Topic` objects of one name."""
-
-    def __init__(self, space: Space, background: Background) -> None:
-        self._space = space
-        self._background = background
-        self._by_root: WeakValueDictionary[bytes, Trunk] = WeakValueDictionary()
-
-    def of(self, name: str) -> Trunk:
-        """Return the trunk of a name; it lives as long as somebody keeps it."""
-        root = self._space.keys.topic(name).root
-        trunk = self._by_root.get(root)
-        if trunk is None:
-            trunk = self._by_root[root] = Trunk(self._space, name, self._background)
-        return trunk
 
 
 def _marked(revision: int, name: bytes) -> Position:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from etcd_infra._etcd.keys import last_segment
 from etcd_infra._etcd.model import KeyRange, Range, SortTarget
+from etcd_infra._primitives._claim import parse_progress
 from etcd_infra._primitives._envelope import time_of
 from etcd_infra._primitives._group import Cursor
 from etcd_infra._primitives._message_names import list_positions
-from etcd_infra._primitives._shared_group import parse_progress
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra._primitives._who import who_is
 

@@ -48,7 +48,7 @@ TOPICS = (
     Mutant(
         "topic-position-is-a-revision",
         "A reader skips the rest of the revision that it has begun.",
-        "_primitives/_feed.py",
+        "_primitives/_reader.py",
         "        self.position = record.position\n        self._number",
         "        self.position = Position(record.position.revision + 1)\n        self._number",
         "unit/test_topic.py::test_many_messages_of_one_revision_come_in_their_order",
@@ -64,7 +64,7 @@ TOPICS = (
     Mutant(
         "topic-number-is-kept",
         "A reader that has listed more than its watch has told is told it again.",
-        "_primitives/_feed.py",
+        "_primitives/_reader.py",
         "        if self._number is None or self._feed.is_before(self._number, self.position):\n",
         "        if self._number is None:\n",
         "unit/test_topic_regressions.py::test_list_that_is_newer_than_the_watch_is_read_once",
@@ -80,7 +80,7 @@ TOPICS = (
     Mutant(
         "topic-mark-is-overlooked",
         "Who comes too late is not told that messages were trimmed.",
-        "_primitives/_feed.py",
+        "_primitives/_reader.py",
         "        if concerns_us and trimmed > max(start, self._told_trimmed):\n",
         "        if concerns_us and trimmed < start:\n",
         "unit/test_topic.py::test_gap_is_told_with_its_range",

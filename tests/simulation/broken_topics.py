@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from etcd_infra._etcd.model import Put, Txn
-from etcd_infra._primitives import _feed, _ordered_group, _trimmer
+from etcd_infra._primitives import _feed, _ordered_group, _reader, _trimmer
 from etcd_infra._primitives._cas import commit
 from etcd_infra._primitives._envelope import Position, Record
-from etcd_infra._primitives._feed import Feed, Reader
+from etcd_infra._primitives._feed import Feed
 from etcd_infra._primitives._group import Group
 from etcd_infra._primitives._handling import Effects
 from etcd_infra._primitives._ordered_group import OrderedMessages
+from etcd_infra._primitives._reader import Reader
 from etcd_infra._primitives._shared_group import SharedMessages
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra._primitives._trimmer import Trimmer
@@ -107,7 +108,7 @@ def mark_is_overlooked():
         def position_in(cls, _kvs):
             return Position(0)
 
-    return replaced(_feed, "TrimMark", Blind)
+    return replaced(_reader, "TrimMark", Blind)
 
 
 def claims_over_claims():

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from etcd_infra._etcd.keys import last_segment, place_lease
+from etcd_infra._primitives._claim import Progress
 from etcd_infra._primitives._envelope import Head, Position
 from etcd_infra._primitives._group import Cursor, Death
-from etcd_infra._primitives._shared_group import Progress
 from etcd_infra.testing import FaultKind, Hit, Violation
 from tests.simulation.lock_checks import RESETS, STRAY_COPIES
 from tests.simulation.topics import (

@@ -12,7 +12,7 @@ import trio
 from etcd_infra import Delivery, Publish, Retention, Set, open_coordinator
 from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import Keys
-from etcd_infra._primitives import _feed, _message_names, _shared_group, _trimmer
+from etcd_infra._primitives import _feed, _message_names, _reader, _shared_group, _trimmer
 from etcd_infra._wrappers.grouped import Grouped
 from etcd_infra.errors import (
     AckTimeoutError,
@@ -59,8 +59,8 @@ BUFFERS = {
     "large": {},
     "small": {
         (_feed, "RING_MESSAGES"): 3,
-        (_feed, "LISTED_TOGETHER"): 40,
-        (_feed, "FETCHED_TOGETHER"): 2,
+        (_reader, "LISTED_TOGETHER"): 40,
+        (_reader, "FETCHED_TOGETHER"): 2,
         (_shared_group, "WAITING"): 6,
         (_shared_group, "AHEAD"): 24,
         (_shared_group, "FLOOR_STEP"): 3,
@@ -70,8 +70,8 @@ BUFFERS = {
     },
     "tiny": {
         (_feed, "RING_MESSAGES"): 1,
-        (_feed, "LISTED_TOGETHER"): 40,
-        (_feed, "FETCHED_TOGETHER"): 1,
+        (_reader, "LISTED_TOGETHER"): 40,
+        (_reader, "FETCHED_TOGETHER"): 1,
         (_shared_group, "WAITING"): 3,
         (_shared_group, "AHEAD"): 9,
         (_shared_group, "FLOOR_STEP"): 1,

@@ -21,7 +21,7 @@ from etcd_infra import (
     Set,
 )
 from etcd_infra._etcd.keys import Keys
-from etcd_infra._primitives import _feed
+from etcd_infra._primitives import _feed, _reader
 from etcd_infra._primitives._envelope import Names, Position, time_of
 from etcd_infra.testing import FaultyBackend, MemoryEtcd, RecordingBackend
 from tests.conftest import NAMESPACE, open_infra
@@ -307,8 +307,8 @@ async def test_leaving_one_subscription_leaves_the_other(autojump_clock, infra):
 async def test_slow_subscriber_loses_nothing(autojump_clock, infra, monkeypatch, ring, listed, fetched):
     """A subscriber that does not keep up gets everything, and costs no memory beyond the ring (probes D18, D19)."""
     monkeypatch.setattr(_feed, "RING_MESSAGES", ring)
-    monkeypatch.setattr(_feed, "LISTED_TOGETHER", listed)
-    monkeypatch.setattr(_feed, "FETCHED_TOGETHER", fetched)
+    monkeypatch.setattr(_reader, "LISTED_TOGETHER", listed)
+    monkeypatch.setattr(_reader, "FETCHED_TOGETHER", fetched)
     topic = infra.topic("orders")
     async with topic.subscribe() as slow, topic.subscribe() as fast:
         for number in range(100):
