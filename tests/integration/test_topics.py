@@ -140,8 +140,15 @@ async def said(process, text):
         printed += received
 
 
-@both_kinds
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    ("shared", "how"),
+    [
+        pytest.param(False, signal.SIGKILL, id="ordered, killed"),
+        pytest.param(False, signal.SIGSTOP, id="ordered, frozen", marks=pytest.mark.slow),
+        pytest.param(True, signal.SIGKILL, id="sharing, killed", marks=pytest.mark.slow),
+        pytest.param(True, signal.SIGSTOP, id="sharing, frozen"),
+    ],
+)
 async def test_consumer_process_is_replaced(shared, how):
     """A process that is killed, or frozen, with a message in hand: another one has its effect, once."""
     async with EtcdServer() as server, open_coordinator(server.endpoint, namespace="ns", ttl=3) as infra:

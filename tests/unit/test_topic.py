@@ -234,7 +234,8 @@ async def test_many_messages_of_one_revision_come_in_their_order(autojump_clock,
     async with infra.topic("orders").subscribe() as inbox:
         await infra.execute([Publish("orders", number) for number in range(30)])
         await trio.sleep(1)
-        found = [await anext(inbox) for _ in range(30)]
+        with trio.fail_after(60):
+            found = [await anext(inbox) for _ in range(30)]
     assert [(number, number) for number in range(30)] == [(one.payload, one.index) for one in found]
 
 
