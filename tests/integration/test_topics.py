@@ -146,7 +146,7 @@ async def said(process, text):
         pytest.param(False, signal.SIGKILL, id="ordered, killed"),
         pytest.param(False, signal.SIGSTOP, id="ordered, frozen", marks=pytest.mark.slow),
         pytest.param(True, signal.SIGKILL, id="sharing, killed", marks=pytest.mark.slow),
-        pytest.param(True, signal.SIGSTOP, id="sharing, frozen"),
+        pytest.param(True, signal.SIGSTOP, id="sharing, frozen", marks=pytest.mark.slow),
     ],
 )
 async def test_consumer_process_is_replaced(shared, how):
@@ -239,18 +239,16 @@ async def break_consumers(start, draws, seconds):
     return faults, running
 
 
-@pytest.mark.parametrize(
-    "seconds",
-    [10, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(240)])],
-    ids=["for a moment", "for longer"],
-)
-async def test_each_effect_once_while_everything_breaks(seconds):
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_each_effect_once_while_everything_breaks():
     """
     Publishers and consumers of two groups, killed and frozen, on three members that are, too.
 
     Whatever was confirmed has its effect in both groups, once; nothing has two; a listener sees all of it, in order;
     and the ordered group's effects come in that order.
     """
+    seconds = 30
     program = crash_safe_etcd() or etcd_programs()[0]
     draws = random.Random(11)
     publishers = Publishers(draws)

@@ -26,8 +26,6 @@ PYTEST = [
     "-m",
     "pytest",
     "-q",
-    "-n",
-    "0",
     "-x",
     "-p",
     "no:cacheprovider",
@@ -47,11 +45,11 @@ def copy_tree() -> Path:
     return copy
 
 
-def run_tests(copy: Path, tests: list[str], time_limit: float) -> int | None:
+def run_tests(copy: Path, tests: list[str], time_limit: float, *, jobs: int = 0) -> int | None:
     """Run tests in a copy; return pytest's exit code, or None if they took too long."""
     # Compiled files are told by time and size only, which a small change may leave alone.
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [*PYTEST, *(f"tests/{test}" for test in tests)]
+    command = [*PYTEST, "-n", str(jobs), *(f"tests/{test}" for test in tests)]
     try:
         done = subprocess.run(
             command, cwd=copy, env=environment, capture_output=True, timeout=time_limit, check=False
@@ -94,7 +92,7 @@ def main(names: list[str]) -> int:
     began = time.monotonic()
     chosen = [mutant for mutant in EVERY_MUTANT if not names or mutant.name in names]
     copy = copy_tree()
-    code = run_tests(copy, sorted({mutant.killer for mutant in chosen}), 20 * TIME_LIMIT_SECONDS)
+    code = run_tests(copy, sorted({mutant.killer for mutant in chosen}), 20 * TIME_LIMIT_SECONDS, jobs=2)
     shutil.rmtree(copy, ignore_errors=True)
     if code != 0:
         print(f"without a bug the tests do not pass: pytest ended with {code}")
