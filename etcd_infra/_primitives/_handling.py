@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("etcd_infra.topic")
 
-MessageTransaction = Transaction
-"""What the body of `GroupMessage.transaction` is given."""
-
 
 class Ending(Enum):
     """How a handling ended."""

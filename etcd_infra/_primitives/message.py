@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from etcd_infra._primitives._handling import Handling, MessageTransaction
+    from etcd_infra._primitives._handling import Handling
+    from etcd_infra._primitives._run import Transaction
 
 T = TypeVar("T")
 
@@ -121,12 +122,12 @@ class GroupMessage(Message[T]):
         """
         await self.handling.give_back(delay)
 
-    def transaction(self) -> AbstractAsyncContextManager[MessageTransaction]:
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """
         Handle it so that what is written takes effect exactly once: with the acknowledgement, in one Txn.
 
         To be entered instead of ``async with message``; otherwise the same. The body reads and writes through
-        the `MessageTransaction`; nothing is visible before it is left.
+        the `Transaction`; nothing is visible before it is left.
 
         Raises (on leaving):
             ConflictError: what was read has changed meanwhile; nothing was written. It is delivered again, and

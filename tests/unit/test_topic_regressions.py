@@ -27,28 +27,9 @@ from etcd_infra._primitives._reader import Reader
 from etcd_infra._primitives._trimmer import Trimmer
 from etcd_infra.testing import FaultyBackend, RecordingBackend
 from tests.conftest import NAMESPACE, open_infra
+from tests.unit.test_topic_groups import both_kinds, following, keys_of, nothing_comes
 
 KEYS = Keys(NAMESPACE).topic("orders")
-
-both_kinds = pytest.mark.parametrize("shared", [False, True], ids=["ordered", "sharing"])
-
-
-def keys_of(etcd, prefix):
-    """List the names of keys with a prefix."""
-    return [kv.key.removeprefix(prefix) for kv in etcd.store.snapshot().kvs if kv.key.startswith(prefix)]
-
-
-async def following(inbox):
-    """Wait for the next message, not for ever."""
-    with trio.fail_after(120):
-        return await anext(inbox)
-
-
-async def nothing_comes(inbox, seconds=5):
-    """Return whether nothing comes for a while."""
-    with trio.move_on_after(seconds) as patience:
-        await anext(inbox)
-    return patience.cancelled_caught
 
 
 async def trimmed_to(etcd, count):
