@@ -7,7 +7,8 @@ Keys
 
 Algorithm
     1. Grant a lease under an id of our own choice, so that a grant without an answer is simply repeated.
-    2. Write the session key, `[absent] → [put]`, and read or create the epoch in the same Txn.
+    2. Write the session key, `[absent] → [put]`; in the same Txn read or create the epoch and the first writer
+       slot (`slots.py`).
     3. Renew every fifth of the TTL (`keepalive.py`); a janitor cleans up what cancelled callers left.
     4. At the end wait for the janitor, then revoke; both bounded by two seconds.
 
@@ -104,7 +105,7 @@ class Session:
         self.tally = tally
         self.own_key = SessionKey(backend, keys, lease, info, random)
         self.janitor = Janitor(backend, lease, random, nursery, keys.sessions)
-        self.janitor.known_keys.add(self.own_key.key)
+        self.janitor.known_keys.update((self.own_key.key, keys.slot(lease.id, 0)))
         self.slots = Slots(self)
         self.owners: dict[tuple[bytes, trio.lowlevel.Task], Held | None] = {}
         self.own_leases: dict[LivingLease, None] = {}

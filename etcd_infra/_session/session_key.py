@@ -23,6 +23,7 @@ from etcd_infra._etcd.model import (
     TxnResult,
 )
 from etcd_infra._policy.backoff import delay
+from etcd_infra._session.slots import created, creation
 from etcd_infra.errors import (
     InvalidAnswerError,
     LeaseNotFoundError,
@@ -48,18 +49,21 @@ class SessionKey:
         key: Where it is.
         generation: Its mod revision; 0 while it is known to be missing.
         epoch: The store's lineage, read when the key was written.
+        first_slot: The first writer slot, created when the key was written.
     """
 
     def __init__(self, backend: Backend, keys: Keys, lease: LivingLease, info: bytes, random: Random) -> None:
         self._backend = backend
         self._lease = lease
         self._epoch_key = keys.epoch
+        self._slot_key = keys.slot(lease.id, 0)
         self._info = info
         self._random = random
         self._seen_at = 0
         self.key = keys.session(lease.id)
         self.generation = 0
         self.epoch = ""
+        self.first_slot: KeyValue | None = None
 
     async def living_generation(self) -> int:
         """
@@ -94,31 +98,32 @@ class SessionKey:
 
     async def write(self) -> None:
         """
-        Write the key if it is missing, and read or create the epoch: one Txn.
+        Write the key if it is missing; read or create the epoch and the first slot: one Txn.
 
         Raises:
             SessionLostError: the lease does not exist any more.
             EtcdError: nothing is definite; calling again is safe.
         """
         epoch = KeyRange.one(self._epoch_key)
-        # etcd: without the nested Txn the epoch would cost a round trip of its own. It is never deleted,
-        # so its guard "absent" can not become true again.
+        # etcd: without nested Txns epoch and slot would cost a round trip each. The epoch is never deleted, so
+        # its guard "absent" can not become true again.
         remember_epoch = Txn(
             (Compare.absent(epoch.key),),
             (Put(epoch.key, b"%032x" % self._random.getrandbits(128)), Range(epoch)),
             (Range(epoch),),
         )
+        slot = creation(self._slot_key, self._lease.id)
         request = Txn(
             (Compare.absent(self.key),),
-            (Put(self.key, self._info, lease=self._lease.id), remember_epoch),
-            (Range(KeyRange.one(self.key)), remember_epoch),
+            (Put(self.key, self._info, lease=self._lease.id), remember_epoch, slot),
+            (Range(KeyRange.one(self.key)), remember_epoch, slot),
         )
         try:
             answer = await self._backend.txn(request)
         except LeaseNotFoundError as error:
             self._lease.lose(SessionLostError(f"lease {self._lease.id:x} does not exist any more"))
             raise SessionLostError(str(self._lease.error)) from error
-        own, remembered = answer.results
+        own, remembered, first_slot = answer.results
         if answer.succeeded:
             self.wrote(answer.revision)
         elif isinstance(own, RangeResult):
@@ -126,6 +131,7 @@ class SessionKey:
         if not isinstance(remembered, TxnResult) or not isinstance(remembered.results[-1], RangeResult):
             msg = f"an unexpected answer to {request}: {answer}"
             raise InvalidAnswerError(msg)
+        self.first_slot = created(first_slot)
         self.epoch = remembered.results[-1].kvs[0].value.decode(errors="replace")
 
     async def move(self, key: bytes) -> TxnResult:

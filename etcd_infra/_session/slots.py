@@ -1,9 +1,10 @@
 """
 Writer slots: each write to a shared key is applied at most once, whatever happens to its answer.
 
-A slot is a small key on the session's lease. A write compares the slot's mod revision and rewrites it in the
-same Txn, so it can be applied at most once, ever: re-sending is always safe, and the failure branch tells
-at once "mine, at revision r" or "not mine, and it never will be".
+A slot is a small key on the session's lease, created before it is first used. A write compares the slot's mod
+revision and rewrites it in the same Txn, so it can be applied at most once, ever: re-sending is always safe,
+and the failure branch tells at once "mine, at revision r" or "not mine, and it never will be". No write ever
+compares "absent", which can become true again: a grant that is delivered twice revives a lease that ended.
 
 A caller that was cancelled midway leaves its slot *dirty*, and nothing is ever sent for its write again: the
 janitor rewrites the slot, which makes every copy that is still on its way stale, before it is used again.
@@ -16,7 +17,17 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from etcd_infra._etcd.model import Compare, KeyRange, OpResult, Put, Range, RangeResult, Txn, TxnResult
+from etcd_infra._etcd.model import (
+    Compare,
+    KeyRange,
+    KeyValue,
+    OpResult,
+    Put,
+    Range,
+    RangeResult,
+    Txn,
+    TxnResult,
+)
 from etcd_infra._policy.backoff import delay
 from etcd_infra.errors import (
     EtcdError,
@@ -56,13 +67,20 @@ class Slot:
     One slot.
 
     Attributes:
-        revision: Its last known mod revision, the guard of the next write (0: not yet written).
+        created: Its create revision: with another one it was deleted meanwhile, and tells nothing any more.
+        revision: Its last known mod revision, the guard of the next write (0: it does not exist).
         dirty: A copy of some write that compares `revision` is without an answer.
     """
 
     key: bytes
+    created: int = 0
     revision: int = 0
     dirty: bool = False
+
+    def found(self, kv: KeyValue | None) -> None:
+        """Take in what it is now."""
+        self.created = kv.create_revision if kv else 0
+        self.moved_to(kv.mod_revision if kv else 0)
 
     def moved_to(self, revision: int) -> None:
         """Take in that it was rewritten: every copy with the old guard is dead."""
@@ -104,7 +122,8 @@ class Slots:
             The write may be applied, or not, or may still be for a moment; the janitor settles it.
 
         Round trips:
-            One; one more for each answer that was lost.
+            One; one more for each answer that was lost, and whenever more writes are on their way than ever
+            before.
         """
         slot = self._free.pop() if self._free else self._new()
         self._operations += 1
@@ -125,6 +144,8 @@ class Slots:
     def _new(self) -> Slot:
         slot = Slot(self._session.keys.slot(self._session.lease.id, self._count))
         self._session.janitor.known_keys.add(slot.key)
+        if not self._count:
+            slot.found(self._session.own_key.first_slot)
         self._count += 1
         return slot
 
@@ -134,10 +155,27 @@ class Slots:
         else:
             self._free.append(slot)
 
+    async def _create(self, slot: Slot) -> None:
+        failures = 0
+        while not slot.revision:
+            try:
+                answer = await self._session.backend.txn(creation(slot.key, self._session.lease.id))
+            except (UnavailableError, OutcomeUnknownError):
+                # A copy that comes later finds the slot, or creates one, after its end, that no write compares.
+                await trio.sleep(delay(failures, self._session.random.random()))
+                failures += 1
+            except LeaseNotFoundError:
+                await self._session.lease.renew()
+                raise
+            else:
+                slot.found(created(answer))
+
     async def _until_definite(self, slot: Slot, write: _Write) -> SlotWrite:
         failures = 0
         while True:
             try:
+                if not slot.revision:
+                    await self._create(slot)
                 answer = await self._send(slot, self._guarded(slot, write), write)
             except EtcdError:
                 # This copy was refused; an earlier one may have been applied, or may still be.
@@ -184,19 +222,18 @@ class Slots:
 
     def _moved(self, slot: Slot, write: _Write, answer: TxnResult) -> SlotWrite | None:
         """Look who moved the slot: `write` itself (then it was applied), or what was left in it before."""
-        revision = _revision_in(answer)
-        if revision == slot.revision:
+        kv = _slot_in(answer)
+        if kv and kv.mod_revision == slot.revision:
             return None
-        if not revision and write.unanswered:
+        was_deleted = kv is None or kv.create_revision != slot.created
+        slot.found(kv)
+        if was_deleted and write.unanswered:
             raise OutcomeUnknownError(
                 f"a write whose slot {slot.key!r} was deleted", write.request.written_keys
             )
-        if not revision:
-            slot.key = self._new().key
-        slot.moved_to(revision)
-        operation, _, note = _value_in(answer).partition(b" ")
+        operation, _, note = kv.value.partition(b" ") if kv else (b"", b"", b"")
         if operation == write.operation:
-            return SlotWrite(applied=True, revision=revision, note=note)
+            return SlotWrite(applied=True, revision=slot.revision, note=note)
         write.unanswered = False
         return None
 
@@ -237,23 +274,35 @@ class Slots:
 
     async def _settle(self, slot: Slot) -> None:
         answer = await self._session.backend.txn(self._settling(slot))
-        slot.moved_to(answer.revision if answer.succeeded else _revision_in(answer))
+        if answer.succeeded:
+            slot.moved_to(answer.revision)
+        else:
+            slot.found(_slot_in(answer))
         self._free.append(slot)
 
 
-def _slot_in(answer: TxnResult) -> RangeResult:
+def creation(key: bytes, lease: int) -> Txn:
+    """Return what creates a slot, unless it exists, and reads it; safe to repeat."""
+    one = Range(KeyRange.one(key))
+    return Txn((Compare.absent(key),), (Put(key, b"created", lease), one), (one,))
+
+
+def created(answer: OpResult) -> KeyValue:
+    """
+    Return the slot, from the answer to its creation.
+
+    Raises:
+        InvalidAnswerError: it is not there.
+    """
+    found = answer.results[-1] if isinstance(answer, TxnResult) else None
+    if not isinstance(found, RangeResult) or not found.kvs:
+        raise InvalidAnswerError(f"an unexpected answer to the creation of a slot: {answer}")
+    return found.kvs[0]
+
+
+def _slot_in(answer: TxnResult) -> KeyValue | None:
     found = answer.results[0]
     if not isinstance(found, RangeResult):
         msg = f"an unexpected answer for a slot: {answer}"
         raise InvalidAnswerError(msg)
-    return found
-
-
-def _revision_in(answer: TxnResult) -> int:
-    found = _slot_in(answer)
-    return found.kvs[0].mod_revision if found.kvs else 0
-
-
-def _value_in(answer: TxnResult) -> bytes:
-    found = _slot_in(answer)
-    return found.kvs[0].value if found.kvs else b""
+    return found.kvs[0] if found.kvs else None

@@ -182,4 +182,20 @@ SESSIONS = (
         "        if slot.dirty:\n            slot.dirty = False\n        if True:\n            self._free",
         "unit/test_slots_late.py::test_late_copy_of_a_cancelled_write_dies_while_its_slot_is_idle",
     ),
+    Mutant(
+        "first-write-of-a-slot-compares-absent",
+        "A slot is not created before its first write, whose late copy finds it absent again after the lease.",
+        "_session/slots.py",
+        "                if not slot.revision:\n                    await self._create(slot)\n",
+        "",
+        "unit/test_slots_late.py::test_late_copies_of_an_ended_lease_stay_dead_when_the_lease_is_revived",
+    ),
+    Mutant(
+        "slot-created-anew-is-believed",
+        "A slot that was deleted and came back is taken for proof that a write was not applied.",
+        "_session/slots.py",
+        "was_deleted = kv is None or kv.create_revision != slot.created",
+        "was_deleted = kv is None",
+        "unit/test_slots_late.py::test_slot_deleted_while_an_answer_is_missing_leaves_the_outcome_unknown",
+    ),
 )

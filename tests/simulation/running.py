@@ -67,6 +67,16 @@ def run_seed(seed, *, of=LOCKS, kinds=tuple(FaultKind), plan=None, shape=None):
     return run, checks.hits
 
 
+def first_found(broken_product, symptoms, seeds, *, of=LOCKS):
+    """Return the first seed that shows one of the symptoms of a broken product; None: none does."""
+    with broken_product():
+        for seed in seeds:
+            run, _ = run_seed(seed, of=of)
+            if symptoms & {violation.invariant for violation in run.violations}:
+                return seed
+    return None
+
+
 def run_seeds(seeds, of=LOCKS):
     """Run some seeds; describe each that fails, with its plan shortened."""
     outcome = Outcome()

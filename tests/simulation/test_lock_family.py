@@ -7,7 +7,7 @@ import pytest
 from tests.simulation import broken_lock_family as broken
 from tests.simulation.lock_family import KINDS
 from tests.simulation.lock_family_checks import LOCK_FAMILY, LOCK_FAMILY_CELLS
-from tests.simulation.running import Outcome, run_seed, run_seeds
+from tests.simulation.running import Outcome, first_found, run_seeds
 
 SEEDS_AT_ONCE = 24
 INVARIANTS = ("L1", "L2", "L3", "L4", "L6", "L7", "L8", "passing", "sharing", "permits", "queue", "whole")
@@ -60,12 +60,7 @@ def test_mistake_is_found(variant, symptoms):
     """Each mistake is found within 40 seeds of its kind's turns, and by an invariant that it breaks."""
     groups = (broken.RWLOCKS, broken.SEMAPHORES, broken.MULTI_LOCKS)
     kind = next(number for number, group in enumerate(groups) if variant in group)
-    with variant():
-        for seed in range(kind, SEEDS, len(KINDS)):
-            run, _ = run_seed(seed, of=LOCK_FAMILY)
-            if symptoms & {violation.invariant for violation in run.violations}:
-                return
-    pytest.fail(f"{variant.__name__} is not found in {SEEDS} seeds")
+    assert first_found(variant, symptoms, range(kind, SEEDS, len(KINDS)), of=LOCK_FAMILY) is not None
 
 
 def test_list_of_mistakes_is_complete():

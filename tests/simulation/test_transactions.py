@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation import broken_transactions as broken
-from tests.simulation.running import Outcome, run_seed, run_seeds
+from tests.simulation.running import Outcome, first_found, run_seeds
 from tests.simulation.transaction_checks import CELLS, TRANSACTIONS
 
 SEEDS_AT_ONCE = 25
@@ -61,9 +61,4 @@ def test_every_fault_meets_what_it_threatens():
 )
 def test_broken_transaction_is_found(variant, first, symptoms):
     """Each mistake is found within 40 seeds of where it was first seen, and by an invariant that it breaks."""
-    with variant():
-        for seed in range(first, first + SEEDS):
-            run, _ = run_seed(seed, of=TRANSACTIONS)
-            if symptoms & {violation.invariant for violation in run.violations}:
-                return
-    pytest.fail(f"{variant.__name__} is not found in {SEEDS} seeds from {first} on")
+    assert first_found(variant, symptoms, range(first, first + SEEDS), of=TRANSACTIONS) is not None

@@ -174,7 +174,8 @@ async def test_inspector_describes_sessions_leases_and_health(etcd, autojump_clo
     assert ["node-1", "node-2"] == [info.node_id for info in sessions]
     assert f"{one.session.lease.id:x}" == sessions[0].lease
     assert ("a/b", "node-1") == (locks[0].name, locks[0].holder)
-    assert {3, 1} == {len(lease.keys) + (lease.lease == sessions[0].lease) for lease in leases}
+    # Each session has its key and a writer slot; the lock stands on the first one's lease.
+    assert {4, 2} == {len(lease.keys) + (lease.lease == sessions[0].lease) for lease in leases}
     assert health.healthy
     assert before == health.revision
 

@@ -72,8 +72,32 @@ async def test_write_after_the_janitor_settled_costs_one_round_trip(etcd, autoju
         assert 1 == sum(b"/op/" in kv.key for kv in etcd.store.snapshot().kvs)
 
 
+async def test_late_copies_of_an_ended_lease_stay_dead_when_the_lease_is_revived(etcd, autojump_clock):
+    """A grant that is delivered twice brings the lease back, and no write of its session with it."""
+    recording = RecordingBackend(etcd.node("one"))
+    async with open_infra(recording, ttl=60) as infra:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(infra.session.slots.write, put())
+        copies = [call.request for call in recording.calls if call.verb == "txn" and writes_key(call.request)]
+        assert 3 == len(copies) == len(writes(etcd))
+        lease = infra.session.lease.id
+        await etcd.lease_revoke(lease)
+        await etcd.lease_grant(60, lease=lease)
+        for copy in copies:
+            assert not (await etcd.txn(copy)).succeeded
+        assert 3 == len(writes(etcd))
+
+
+def writes_key(request):
+    return any(isinstance(op, Put) and op.key == KEY for op in request.success)
+
+
+@pytest.mark.parametrize("created_anew", [False, True])
 @pytest.mark.parametrize("fault", ["lose_next_answer", "lose_next_request"])
-async def test_slot_deleted_while_an_answer_is_missing_leaves_the_outcome_unknown(etcd, autojump_clock, fault):
+async def test_slot_deleted_while_an_answer_is_missing_leaves_the_outcome_unknown(
+    etcd, autojump_clock, fault, created_anew
+):
     """Nobody can tell whether the copy was applied: OutcomeUnknownError, and nothing is written twice."""
     faulty = FaultyBackend(etcd.node("one"))
     async with open_infra(faulty, ttl=60) as infra:
@@ -84,6 +108,8 @@ async def test_slot_deleted_while_an_answer_is_missing_leaves_the_outcome_unknow
         async def delete() -> None:
             await trio.sleep(0.002)
             await etcd.delete(KeyRange.prefix(infra.session.own_key.key + b"/op/"))
+            if created_anew:
+                await etcd.put(infra.session.own_key.key + b"/op/0", b"created", lease=infra.session.lease.id)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(delete)
