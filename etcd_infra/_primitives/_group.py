@@ -203,6 +203,14 @@ class Group(Generic[T]):
         dead = self._original(record)
         return self.removal(dead) if dead else ()
 
+    def standing(self, record: Record) -> tuple[Compare, ...]:
+        """Return what a replayed message depends on: that it is the last copy, of a letter that is there."""
+        dead = self._original(record)
+        if not dead:
+            return ()
+        # A copy and the note of it are one commit.
+        return (Compare.modified_at(self.keys.replay(self.name, dead), record.position.revision),)
+
     def removal(self, dead: str) -> tuple[Op, ...]:
         """Return what deletes a dead letter."""
         keys = (self.keys.dead_letter(self.name, dead), self.keys.replay(self.name, dead))
@@ -244,6 +252,7 @@ class Group(Generic[T]):
         Publish a dead letter again, for this group alone; return whether there was one.
 
         It is no dead letter any more once it is acknowledged. One whose copy is there already is left alone.
+        Who still handles an earlier copy, which was trimmed, can not acknowledge it any more.
 
         Round trips:
             Two.
@@ -253,14 +262,20 @@ class Group(Generic[T]):
             dead, noted = await read_many(self.space.backend, [key, note])
             if dead is None:
                 return False
-            earlier = self.keys.messages + (noted.value if noted else b"none")
+            earlier_name = noted.value.decode() if noted else "none"
+            earlier = self.keys.message(earlier_name)
+            claim = KeyRange.one(self.keys.claim(self.name, earlier_name))
             how, _, value = dead.value.partition(b"\n")
             death = msgspec.json.decode(how, type=Death)
             record = Record(Position(death.revision, name), death.index, value)
             head = msgspec.structs.replace(record.head, group=self.name, dead=name)
             copy = self.space.names.next(self.space.clock.wall())
             change = Change(
-                (Put(self.keys.message(copy), pack(head, record.payload)), Put(note, copy.encode())),
+                (
+                    Put(self.keys.message(copy), pack(head, record.payload)),
+                    Put(note, copy.encode()),
+                    DeleteRange(claim),
+                ),
                 (),
                 (
                     Compare.modified_at(key, dead.mod_revision),

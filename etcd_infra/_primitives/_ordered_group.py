@@ -28,12 +28,13 @@ Source
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import msgspec
 import trio
 
-from etcd_infra._etcd.model import Compare, KeyRange, Put, Range
+from etcd_infra._etcd.model import Compare, KeyRange, Put, Range, Txn, TxnResult
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, commit, found_in
 from etcd_infra._primitives._envelope import Position
@@ -56,6 +57,10 @@ T = TypeVar("T")
 logger = logging.getLogger("etcd_infra.topic")
 
 NO_EFFECTS: Final = Effects()
+
+
+class _SupersededError(Exception):
+    """A message is a copy of a dead letter that has another copy by now, or is none any more."""
 
 
 class OrderedMessages(Generic[T]):
@@ -192,7 +197,11 @@ class OrderedMessages(Generic[T]):
             if record.name == self._delayed[0]:
                 await trio.sleep_until(self._delayed[1])
                 self._delayed = ("", 0.0)
-            attempt = await self._begin(hold, record)
+            try:
+                attempt = await self._begin(hold, record)
+            except _SupersededError:
+                await self._pass_over(hold, record)
+                continue
             if attempt:
                 return self._handed(hold, record, attempt)
 
@@ -220,7 +229,7 @@ class OrderedMessages(Generic[T]):
         else:
             cursor = msgspec.structs.replace(self._cursor, head=record.name, attempts=tried + 1)
         self._counted = ""
-        if await self._write(hold, cursor):
+        if await self._write(hold, cursor, of=record):
             return tried + 1
         self._catch_up(record)
         return 0
@@ -230,7 +239,14 @@ class OrderedMessages(Generic[T]):
         burial = self._group.burial(record, attempts, reason)
         # Race: an acknowledgement whose answer nobody waited for may have moved the cursor.
         while self._seen is None or not self._is_past(record):
-            if await self._write(hold, Cursor(*record.position), Effects(burial)):
+            if await self._write(hold, Cursor(*record.position), Effects(burial), of=record):
+                break
+        self._head = None
+
+    async def _pass_over(self, hold: Hold, record: Record) -> None:
+        """Move on from a copy of a dead letter that was replayed again since, or is no dead letter any more."""
+        while self._seen is None or not self._is_past(record):
+            if await self._write(hold, Cursor(*record.position)):
                 break
         self._head = None
 
@@ -257,7 +273,13 @@ class OrderedMessages(Generic[T]):
         effects = Effects((*effects.ops, *self._group.resurrection(record)), effects.keys, effects.conditions)
         while self._seen is None or not self._is_past(record):
             seen = self._seen
-            if await self._write(hold, cursor, effects):
+            try:
+                applied = await self._write(hold, cursor, effects, of=record)
+            except _SupersededError:
+                handling.end(Ending.GIVEN_BACK)
+                msg = f"message {record.name!r}, a dead letter, was trimmed and replayed again, or discarded"
+                raise NotHeldError(msg) from None
+            if applied:
                 self._counted = cursor.head
                 self._head = None
                 return True
@@ -286,7 +308,8 @@ class OrderedMessages(Generic[T]):
         if not counts:
             self._counted = record.name
         elif handling.attempt > self._max_retries:
-            await self._bury(hold, record, handling.attempt, reason)
+            with suppress(_SupersededError):
+                await self._bury(hold, record, handling.attempt, reason)
         else:
             self._delayed = (record.name, trio.current_time() + delay)
 
@@ -314,17 +337,25 @@ class OrderedMessages(Generic[T]):
         self._cursor = msgspec.structs.replace(cursor, revision=position.revision, name=position.name)
         self._seen = kv.mod_revision
 
-    async def _write(self, hold: Hold, cursor: Cursor, effects: Effects = NO_EFFECTS) -> bool:
-        """Write the cursor, with effects; False: it was moved (then it is known anew), or they do not hold."""
+    async def _write(
+        self, hold: Hold, cursor: Cursor, effects: Effects = NO_EFFECTS, *, of: Record | None = None
+    ) -> bool:
+        """
+        Write the cursor, with effects; False: it was moved (then it is known anew), or they do not hold.
+
+        Raises:
+            _SupersededError: `of` is a copy of a dead letter that has another copy by now, or is none any more.
+        """
         key, seen = self._group.cursor_key, self._seen
         if seen is None:
             await self._read_cursor()
             return False
+        standing = self._group.standing(of) if of is not None else ()
         change = Change(
             (Put(key, cursor.to_json()), *effects.ops),
             effects.keys,
-            (Compare.modified_at(key, seen), *effects.conditions),
-            (Range(KeyRange.one(key)),),
+            (Compare.modified_at(key, seen), *standing, *effects.conditions),
+            (Range(KeyRange.one(key)), *[Txn((compare,)) for compare in standing]),
             hold.fence,
         )
         # Whatever ends this early leaves open whether it was applied: the cursor is read again then.
@@ -338,4 +369,8 @@ class OrderedMessages(Generic[T]):
         if not found:
             raise self._group.deleted()
         self._adopt(found[0])
+        stands = all(isinstance(answer, TxnResult) and answer.succeeded for answer in outcome.reads[1:])
+        # Race: an acknowledgement of ours that nobody waited for ends the letter, too.
+        if not stands and of is not None and not self._is_past(of):
+            raise _SupersededError
         return False

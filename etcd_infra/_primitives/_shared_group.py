@@ -43,7 +43,7 @@ import trio
 
 from etcd_infra._etcd.background import open_background
 from etcd_infra._etcd.keys import last_segment
-from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, Txn
+from etcd_infra._etcd.model import Compare, DeleteRange, KeyRange, Put, Range, Txn, TxnResult
 from etcd_infra._policy.backoff import delay as backoff
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, Refused, commit, found_in
@@ -64,7 +64,7 @@ from etcd_infra.errors import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from etcd_infra._etcd.model import Event, KeyValue
+    from etcd_infra._etcd.model import Event, KeyValue, OpResult
     from etcd_infra._primitives._envelope import Record
     from etcd_infra._primitives._reader import Reader
     from etcd_infra._primitives.message import GroupMessage
@@ -354,7 +354,7 @@ class SharedMessages(Generic[T]):
         request = Txn(
             self._untouched(record, seen),
             (Put(key, mine, lease=session.lease.id), self._put_progress(name, begun)),
-            self._looks(name),
+            self._looks(record),
         )
         session.janitor.known_keys.add(key)
         try:
@@ -365,7 +365,7 @@ class SharedMessages(Generic[T]):
             raise
         if not outcome.applied:
             session.janitor.known_keys.discard(key)
-            self._look(name, [found_in(result) for result in outcome.results])
+            self._look(record, outcome.results)
             return None
         self._claimed[name] = outcome.revision
         self._progress[name] = (outcome.revision, begun)
@@ -383,11 +383,9 @@ class SharedMessages(Generic[T]):
 
     async def _take_at_most_once(self, session: Session, record: Record, seen: int) -> GroupMessage[T] | None:
         done = self._put_progress(record.name, Progress(1, done=True))
-        outcome = await session.slots.write(
-            Txn(self._untouched(record, seen), (done,), self._looks(record.name))
-        )
+        outcome = await session.slots.write(Txn(self._untouched(record, seen), (done,), self._looks(record)))
         if not outcome.applied:
-            self._look(record.name, [found_in(result) for result in outcome.results])
+            self._look(record, outcome.results)
             return None
         self._note_done(record.name, outcome.revision)
         unclaimed = Claim(session, b"", self._claims, 0)
@@ -402,26 +400,32 @@ class SharedMessages(Generic[T]):
             Compare.modified_at(keys.progress(group, record.name), seen),
             Compare.modified_at(self._group.cursor_key, self._cursor_seen),
             Compare.created_at(keys.message(record.name), record.position.revision),
+            *self._group.standing(record),
         )
 
     def _put_progress(self, name: str, progress: Progress) -> Put:
         return Put(self._group.keys.progress(self._group.name, name), msgspec.json.encode(progress))
 
-    def _looks(self, name: str) -> tuple[Range, ...]:
-        keys, group = self._group.keys, self._group.name
+    def _looks(self, record: Record) -> tuple[Range | Txn, ...]:
+        keys, group, name = self._group.keys, self._group.name, record.name
         looked_at = (keys.claim(group, name), keys.progress(group, name), self._group.cursor_key)
         message = Range(KeyRange.one(keys.message(name)), keys_only=True)
-        return (*[Range(KeyRange.one(key)) for key in looked_at], message)
+        standing = [Txn((compare,)) for compare in self._group.standing(record)]
+        return (*[Range(KeyRange.one(key)) for key in looked_at], message, *standing)
 
-    def _look(self, name: str, looks: Sequence[tuple[KeyValue, ...]]) -> None:
+    def _look(self, record: Record, looks: Sequence[OpResult]) -> None:
         """Take in what a refusal shows."""
-        claim, progress, cursor, message = looks
+        name = record.name
+        claim, progress, cursor, message = map(found_in, looks[:4])
         if not cursor:
             raise self._group.deleted()
         for kv in (*claim, *progress):
             self._see(kv)
         if cursor[0].mod_revision != self._cursor_seen:
             self._take_floor(cursor[0])
+        elif not all(isinstance(standing, TxnResult) and standing.succeeded for standing in looks[4:]):
+            # A copy of a dead letter that has another copy by now, or is none any more.
+            self._waiting.pop(name, None)
         elif not message and name in self._waiting:
             lost = self._ahead[name].revision
             self._forget(name)
@@ -539,12 +543,12 @@ class SharedMessages(Generic[T]):
         logger.warning("%r of %r is a dead letter now", record.name, self._group.name)
         done = self._put_progress(record.name, Progress(attempts, done=True))
         burial = self._group.burial(record, attempts, reason)
-        change = Change((*burial, done), (), self._untouched(record, seen), self._looks(record.name))
+        change = Change((*burial, done), (), self._untouched(record, seen), self._looks(record))
         outcome = await commit(self._space.sessions, self._space.keys, fit(change))
         if isinstance(outcome, Committed):
             self._note_done(record.name, outcome.revision)
         else:
-            self._look(record.name, [found_in(result) for result in outcome.reads])
+            self._look(record, outcome.reads)
 
     # ── the floor ───────────────────────────────────────────────────────────────────────────────
 

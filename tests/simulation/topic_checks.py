@@ -471,6 +471,8 @@ class TopicChecks:
         if group.name == ORDERED and last:
             done.append(stored)
             return
+        if self._is_superseded(group, stored):
+            return
         if not stored.deleted and not self.stale:
             yield Violation("P2", f"{group.name} passed {stored} without handling it", changed.at)
             return
@@ -491,8 +493,16 @@ class TopicChecks:
             return "buried"
         if stored.head.mode == AT_MOST_ONCE:
             return "before"
+        if self._is_superseded(group, stored):
+            return "superseded"
         asks = [one for one in self._asked(group, changed, stored) if one.asked <= changed.at]
         return "acknowledged" if asks else None
+
+    @staticmethod
+    def _is_superseded(group, stored):
+        """Whether it is a copy of a dead letter that has another copy by now, or is none any more."""
+        dead = stored.head.dead
+        return bool(dead) and (group.copies.get(dead) is not stored or dead not in group.letters)
 
     def _asked(self, group, changed, stored):
         return self.asks[group.name, stored.name, changed.origin]
@@ -660,10 +670,18 @@ class TopicChecks:
                 same = [one for one in before if one.facts["attempt"] == facts["attempt"]]
                 # A conflict is no attempt, whatever was told about it.
                 # Nor is a message counted that was trimmed: who has it in memory begins with what is before it.
-                trimmed = stored.deleted and stored.deleted <= delivery.revision
+                trimmed = self._was_trimmed(delivery) or any(
+                    self._was_trimmed(other) and before[-1].at < other.at < delivery.at
+                    for other in self.deliveries.values()
+                    if before and other.group == delivery.group
+                )
                 if not trimmed and any(one.outcome not in {"conflict", "cancelled", ""} for one in same):
                     yield Violation("attempts", f"{delivery} has the number of {same}", delivery.at)
             before.append(delivery)
+
+    def _was_trimmed(self, delivery):
+        stored = self.stored.get(delivery.name)
+        return bool(stored and stored.deleted and stored.deleted <= delivery.revision)
 
     def handled(self):
         """Check what handlers were told: done means acknowledged, and refused means that nothing was written."""

@@ -209,6 +209,53 @@ async def test_letter_whose_copy_was_trimmed_is_replayed_again(autojump_clock, i
         assert ["x"] == await handled(inbox, 1)
 
 
+async def replayed(infra, topic, shared):
+    """Bury a message of group g, and replay it."""
+    async with topic.subscribe(group="g", shared=shared):
+        pass
+    await topic.publish("x")
+    await bury(infra, topic, "g", shared=shared)
+    [letter] = await topic.dead_letters("g")
+    assert await topic.replay("g", letter)
+    return letter
+
+
+@both_kinds
+async def test_trimmed_copy_of_a_letter_has_no_effect_beside_its_successor(autojump_clock, infra, etcd, shared):
+    """A copy is trimmed in its handler's hands and replayed again: only one of the two takes effect."""
+    topic = infra.topic("orders")
+    letter = await replayed(infra, topic, shared)
+    async with topic.subscribe(group="g", shared=shared) as inbox:
+        first = await anext(inbox)
+        with pytest.raises((NotHeldError, LockLostError)):
+            async with first.transaction() as tx:
+                tx.set("effect/first", True)
+                for name in keys_of(etcd, KEYS.messages):
+                    await etcd.node("trimmer").delete(KeyRange.one(KEYS.messages + name))
+                assert await topic.replay("g", letter)
+        second = await anext(inbox)
+        assert first.revision < second.revision
+        async with second.transaction() as tx:
+            tx.set("effect/second", True)
+        assert await nothing_comes(inbox, 60)
+    assert None is await infra.state.get("effect/first")
+    assert (await infra.state.get("effect/second")).value
+    assert () == await topic.dead_letters("g")
+
+
+@both_kinds
+async def test_copy_of_a_discarded_letter_is_passed_over(autojump_clock, infra, shared):
+    """A letter that is discarded after it was replayed is not delivered, and holds up nobody."""
+    topic = infra.topic("orders")
+    letter = await replayed(infra, topic, shared)
+    assert await topic.discard("g", letter)
+    await topic.publish("y")
+    async with topic.subscribe(group="g", shared=shared) as inbox:
+        assert ["y"] == await handled(inbox, 1)
+        assert await nothing_comes(inbox, 60)
+    assert () == await topic.dead_letters("g")
+
+
 async def test_quiet_sharing_group_moves_its_floor(autojump_clock, infra, etcd):
     """What a quiet group has acknowledged can be trimmed, however few messages that are."""
     topic = infra.topic("orders", retention=Retention(age=60))
