@@ -362,6 +362,8 @@ class Topic(Generic[T]):
         """
         Delete a dead letter for good; return whether it was there. Its publisher sees it as acknowledged then.
 
+        A copy of it that was replayed and not begun yet is passed over.
+
         Round trips:
             One.
         """
