@@ -34,15 +34,14 @@ def program():
     return crash_safe_etcd() or etcd_programs()[0]
 
 
-def figures(what, seconds, *, bound, once_in_a_while=0.0):
-    """Print what was measured; all is within the bound, or, if more can happen once in a while, the median."""
+def figures(what, seconds, *, bound):
+    """Print what was measured; all is within the bound."""
     ordered = sorted(seconds)
     middle = ordered[len(ordered) // 2]
     print(
         f"\n{what}: {middle:.3f} s (median), {ordered[-1]:.3f} s (longest of {len(ordered)}), bound {bound} s"
     )
-    assert ordered[-1] <= (once_in_a_while or bound)
-    assert middle <= bound
+    assert ordered[-1] <= bound
 
 
 @asynccontextmanager
@@ -313,14 +312,22 @@ async def test_frozen_process_is_told_when_it_wakes_and_can_not_write(tmp_path, 
 @pytest.mark.parametrize("loss", ["kill", "pause"])
 async def test_first_success_after_the_leader_is_gone(loss):
     """
-    When the leader is killed a write succeeds within three seconds, at etcd's own timing, if one election is enough.
+    A write succeeds within two calls' timeouts of the moment at which another member leads, at etcd's own timing.
 
-    One that stands still costs one call timeout more: nobody closes its connections.
+    A leader that stands still costs one timeout more than one that was killed: nobody closes its connections.
     """
     if loss == "kill" and crash_safe_etcd() is None:
         pytest.skip("no etcd here keeps acknowledged writes when a member is killed (3.4.21, 3.5.5 or later)")
-    delays = []
+    delays, waits = [], []
     async with EtcdCluster(3, binary=program(), election_timeout=1.0) as cluster:
+        elected_at = []
+
+        async def note_election(member) -> None:
+            async with open_etcd(member.endpoint) as its:
+                while (status := await its.status()).leader != status.member:
+                    await trio.sleep(0.02)
+                elected_at.append(trio.current_time())
+
         async with open_etcd(cluster.endpoints, call_timeout=1.0, dial_timeout=1.0) as backend:
             for _ in range(4):
                 await backend.put(b"k", b"before")
@@ -331,22 +338,26 @@ async def test_first_success_after_the_leader_is_gone(loss):
                     leader.pause()
                 began = trio.current_time()
                 with trio.fail_after(20):
-                    while True:
-                        with suppress(EtcdError):
-                            await backend.put(b"k", b"after")
-                            break
-                        await trio.sleep(0.02)
-                delays.append(trio.current_time() - began)
+                    async with trio.open_nursery() as nursery:
+                        for member in cluster.members:
+                            if member is not leader:
+                                nursery.start_soon(note_election, member)
+                        while True:
+                            with suppress(EtcdError):
+                                await backend.put(b"k", b"after")
+                                break
+                            await trio.sleep(0.02)
+                        delays.append(trio.current_time() - began)
+                        while not elected_at:
+                            await trio.sleep(0.02)
+                        nursery.cancel_scope.cancel()
+                waits.append(began + delays[-1] - elected_at.pop())
                 if loss == "kill":
                     await leader.restart()
                 else:
                     leader.resume()
                 await trio.sleep(2)
     # etcd: the two that are left choose among ten moments to stand for election; when both choose the same one,
-    # they try again, one or two seconds later.
-    figures(
-        f"first write after the leader's {loss}",
-        delays,
-        bound=3.0 if loss == "kill" else 4.0,
-        once_in_a_while=8.0,
-    )
+    # they try again, one or two seconds later, and maybe again.
+    figures(f"first write after the leader's {loss}", delays, bound=12.0)
+    figures("first write after the election", waits, bound=2.5 if loss == "kill" else 3.5)
