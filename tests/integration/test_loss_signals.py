@@ -312,7 +312,7 @@ async def test_frozen_process_is_told_when_it_wakes_and_can_not_write(tmp_path, 
 @pytest.mark.parametrize("loss", ["kill", "pause"])
 async def test_first_success_after_the_leader_is_gone(loss):
     """
-    A write succeeds within two calls' timeouts of the moment at which another member leads, at etcd's own timing.
+    A write succeeds within three calls' timeouts of the moment at which another member leads, at etcd's own timing.
 
     A leader that stands still costs one timeout more than one that was killed: nobody closes its connections.
     """
@@ -360,4 +360,4 @@ async def test_first_success_after_the_leader_is_gone(loss):
     # etcd: the two that are left choose among ten moments to stand for election; when both choose the same one,
     # they try again, one or two seconds later, and maybe again.
     figures(f"first write after the leader's {loss}", delays, bound=12.0)
-    figures("first write after the election", waits, bound=2.5 if loss == "kill" else 3.5)
+    figures("first write after the election", waits, bound=3.5 if loss == "kill" else 4.5)
