@@ -262,7 +262,7 @@ class Group(Generic[T]):
             dead, noted = await read_many(self.space.backend, [key, note])
             if dead is None:
                 return False
-            earlier_name = noted.value.decode() if noted else "none"
+            earlier_name = noted.value.decode(errors="replace") if noted else "none"
             earlier = self.keys.message(earlier_name)
             claim = KeyRange.one(self.keys.claim(self.name, earlier_name))
             how, _, value = dead.value.partition(b"\n")

@@ -309,6 +309,22 @@ async def test_at_most_once_never_comes_twice(autojump_clock, infra, shared):
         assert await nothing_comes(inbox)
 
 
+async def test_at_most_once_is_handled_one_after_the_other(autojump_clock, infra):
+    """Handlers of consecutive messages neither overlap nor end out of order, however long they take (probe D15)."""
+    topic = infra.topic("orders")
+    story = []
+    async with topic.subscribe(group="g") as inbox:
+        for number in range(4):
+            await topic.publish(number, delivery=Delivery.AT_MOST_ONCE)
+        with trio.move_on_after(60):
+            async for message in inbox:
+                async with message:
+                    story.append(("begins", message.payload))
+                    await trio.sleep(4 - message.payload)
+                    story.append(("ends", message.payload))
+    assert [(what, number) for number in range(4) for what in ("begins", "ends")] == story
+
+
 @both_kinds
 async def test_ordered_and_cheap(etcd, autojump_clock, shared):
     """With messages at hand an ordered group costs one Txn per message, a work-sharing one two."""
