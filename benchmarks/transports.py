@@ -22,6 +22,8 @@ from etcd_infra.testing import EtcdServer
 
 ROADS = ("http2", "grpcio", "gateway")
 PURE_PYTHON = {"aetcd", "etcetra"}
+# No client: what one caller costs at least.
+FLOOR = "blocking-socket"
 
 
 async def run(python: str, peer: str, endpoint: str, mode: str, tasks: int, seconds: float) -> dict | None:
@@ -38,10 +40,12 @@ class Racers:
         self._options = options
         self._racers = {road: (pythons[OURS], OURS, f"{road} ") for road in ROADS}
         self._racers |= {peer: (python, peer, "") for peer, python in pythons.items() if peer != OURS}
+        self.clients = list(self._racers)
+        self._racers[FLOOR] = (pythons[OURS], FLOOR, "")
 
-    async def race(self, what: str, tasks: int, names: list[str] | None = None) -> dict[str, list[dict]]:
-        """Let all race, in turns; return each one's runs."""
-        runs: dict[str, list[dict]] = {name: [] for name in names or self._racers}
+    async def race(self, what: str, tasks: int, names: list[str]) -> dict[str, list[dict]]:
+        """Let them race, in turns; return each one's runs."""
+        runs: dict[str, list[dict]] = {name: [] for name in names}
         for _ in range(self._options.rounds):
             for name, results in runs.items():
                 python, peer, prefix = self._racers[name]
@@ -63,7 +67,8 @@ async def calls(racers: Racers, counts: list[int]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for what in ("put", "get"):
         for tasks in counts:
-            runs = await racers.race(what, tasks)
+            names = [*racers.clients, FLOOR] if tasks == 1 else racers.clients
+            runs = await racers.race(what, tasks, names)
             rates, cpu = medians(runs, "rate"), medians(runs, "cpu_per_cycle")
             for name, each in runs.items():
                 if name not in rates:
@@ -79,13 +84,14 @@ async def calls(racers: Racers, counts: list[int]) -> None:
             goals.append((what, tasks, rates, cpu))
     print()
     for what, tasks, rates, cpu in goals:
-        peers = {name: rate for name, rate in rates.items() if name not in ROADS}
+        peers = {name: rate for name, rate in rates.items() if name not in {*ROADS, FLOOR}}
         pure = [rate for name, rate in peers.items() if name in PURE_PYTHON]
         if peers and pure:
             print(
                 f"{what}, {tasks} tasks: http2 {rates['http2'] / max(peers.values()):.2f}× the best client, "
                 f"{rates['http2'] / max(pure):.2f}× the best in Python alone; "
                 f"{cpu['http2'] / cpu['grpcio']:.2f} of grpcio's CPU per call"
+                + (f", a blocking socket {cpu[FLOOR] / cpu['grpcio']:.2f}" if FLOOR in cpu else "")
             )
 
 

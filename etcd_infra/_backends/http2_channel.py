@@ -17,6 +17,7 @@ import trio
 from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Metadata
 from etcd_infra._backends.grpc_headers import RequestHeaders
 from etcd_infra._backends.http2_connection import Connection
+from etcd_infra._backends.http2_socket import TcpStream
 from etcd_infra._backends.status import StatusCode
 from etcd_infra._backends.tls import secured
 from etcd_infra.errors import ForkedError
@@ -127,7 +128,7 @@ class Http2Channel(Channel):
     async def _open_transport(self, dial: _Dial, ready_by: float) -> trio.abc.Stream | None:
         with trio.CancelScope(deadline=ready_by):
             try:
-                transport = await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port)
+                transport = TcpStream(await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port))
                 if self._tls is not None:
                     return await secured(transport, self._tls, self._endpoint.host)
             except (OSError, UnicodeError, trio.BrokenResourceError) as error:

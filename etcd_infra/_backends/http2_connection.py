@@ -2,8 +2,9 @@
 One HTTP/2 connection on Trio: a socket, three tasks and the protocol of `http2_protocol.py`; no threads.
 
 House rules. The protocol decides, this module moves bytes and wakes tasks. What tasks ask for in one turn of
-the loop leaves in one `send_all`, since the writer runs in the next turn; what arrives together wakes its
-tasks in one pass. Nothing but the writer writes, so that a frame is never cut by another one.
+the loop leaves together, since the writer runs in the next turn; only a call that is alone does not wait for
+that. What the network did not take at once is left to the writer, and nobody writes before it is gone: a frame
+is never cut by another one. What arrives together wakes its tasks in one pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 
 from etcd_infra._backends.channel import ByteStream, ChannelError
 from etcd_infra._backends.http2_protocol import Http2Protocol, MessageReceived, StreamEnded
+from etcd_infra._backends.http2_socket import TcpStream
 from etcd_infra._backends.status import StatusCode
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 _SILENCE_SECONDS: Final = 10.0
 _PING_SECONDS: Final = 4.0
 _FAREWELL_SECONDS: Final = 0.1
-_READ_BYTES: Final = 256 * 1024
 
 
 class Connection:
@@ -46,10 +47,13 @@ class Connection:
 
     def __init__(self, transport: trio.abc.Stream, *, ready_by: float, on_ready: Callable[[], None]) -> None:
         self._transport = transport
+        self._tcp = transport if isinstance(transport, TcpStream) else None
         self._protocol = Http2Protocol()
         self._calls: dict[Stream, _UnaryCall | ConnectionStream] = {}
         self._ready_by = ready_by
         self._on_ready = on_ready
+        self._callers = 0
+        self._unsent = b""
         self._writer: trio.lowlevel.Task | None = None
         self._said_all = trio.Event()
         self._closed = trio.Event()
@@ -79,7 +83,14 @@ class Connection:
             self.cancel(stream)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        self._callers += 1
+        try:
+            if self._callers == 1 and self._tcp is not None and not self._unsent:
+                self._write_now()
+            self._wake_writer()
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        finally:
+            self._callers -= 1
         return call.result()
 
     def open(self, headers: bytes) -> ConnectionStream:
@@ -87,6 +98,7 @@ class Connection:
         stream = self._protocol.open(headers)
         call = ConnectionStream(self, stream)
         self._add(stream, call, inf)
+        self._wake_writer()
         return call
 
     def send(self, stream: Stream, message: bytes) -> None:
@@ -136,7 +148,7 @@ class Connection:
     async def _read(self) -> None:
         while not self._protocol.is_broken:
             try:
-                data = bytes(await self._transport.receive_some(_READ_BYTES))
+                data = bytes(await self._transport.receive_some())
             except trio.BrokenResourceError as error:
                 self._give_up(_described(error))
                 return
@@ -151,23 +163,36 @@ class Connection:
 
     async def _write(self) -> None:
         while True:
-            while self._protocol.has_output:
-                try:
-                    await self._transport.send_all(self._protocol.take())
-                except trio.BrokenResourceError as error:
-                    self._give_up(_described(error))
-                    return
+            while self._has_more_to_write:
+                if not self._unsent:
+                    self._write_now()
+                if self._unsent:
+                    try:
+                        await self._transport.send_all(self._unsent)
+                    except trio.BrokenResourceError as error:
+                        self._give_up(_described(error))
+                        return
+                    self._unsent = b""
             if self._protocol.is_broken:
                 self._said_all.set()
             self._writer = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
+
+    @property
+    def _has_more_to_write(self) -> bool:
+        return bool(self._unsent) or self._protocol.has_output
+
+    def _write_now(self) -> None:
+        """Write as much as can be written within this turn; the rest is for the writer."""
+        out = self._protocol.take()
+        self._unsent = out if self._tcp is None else self._tcp.send_now(out)
 
     def _abort_writer(self, _: object) -> trio.lowlevel.Abort:
         self._writer = None
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _wake_writer(self) -> None:
-        if self._writer is not None and (self._protocol.has_output or self._protocol.is_broken):
+        if self._writer is not None and (self._has_more_to_write or self._protocol.is_broken):
             writer, self._writer = self._writer, None
             trio.lowlevel.reschedule(writer)
 
@@ -229,7 +254,6 @@ class Connection:
         self._calls[stream] = call
         if deadline < self._rest.deadline:  # noqa: PLR1730 - setting it costs more than looking
             self._rest.deadline = deadline
-        self._wake_writer()
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:

@@ -193,4 +193,20 @@ TRANSPORT = (
         'return prefix + b"\\xff"',
         "contract/test_ranges.py::test_prefix_of_0xff_bytes[memory]",
     ),
+    Mutant(
+        "frame-is-cut",
+        "A lone call writes at once although half of another's bytes are still to be written.",
+        "_backends/http2_connection.py",
+        " and not self._unsent:\n",
+        ":\n",
+        "unit/test_http2_socket.py::test_frame_is_never_cut_by_another",
+    ),
+    Mutant(
+        "early-wake-up-is-the-end",
+        "A socket that has nothing to read after all is taken for a closed one.",
+        "_backends/http2_socket.py",
+        "            except OSError:\n                # Trio's way",
+        "            except OSError:\n                return b''\n                # Trio's way",
+        "unit/test_http2_socket.py::test_wake_up_without_bytes_waits_again",
+    ),
 )

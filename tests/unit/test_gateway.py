@@ -328,12 +328,15 @@ async def test_call_out_of_time_says_whether_it_was_sent():
         server.scripts["/v3/kv/range"] = hanging
         outcomes = []
 
-        async def ask():
+        async def ask(time_limit):
             with pytest.raises(ChannelError) as caught:
-                await call(channel, time_limit=1.0)
+                await call(channel, time_limit=time_limit)
             outcomes.append(caught.value.never_sent)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(40):
-                nursery.start_soon(ask)
+            for _ in range(32):
+                nursery.start_soon(ask, 1.5)
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(8):
+                nursery.start_soon(ask, 0.5)
     assert [False] * 32 + [True] * 8 == sorted(outcomes)

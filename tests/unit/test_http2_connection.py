@@ -18,6 +18,7 @@ from etcd_infra._backends.http2_connection import Connection
 from etcd_infra._backends.http2_frames import ErrorCode
 from etcd_infra._backends.status import StatusCode
 from tests.helpers.http2_server import FIRST, GREETING, OK, answer, data, frames, headers, message
+from tests.helpers.tcp import tcp_pair
 
 HEADERS = RequestHeaders("etcd:2379").block("/p.S/M", 5.0, (("hasleader", "true"),))
 
@@ -484,9 +485,15 @@ class Echo:
                 self._h2.send_headers(stream_id, OK, end_stream=True)
 
 
-async def test_compliant_peer_understands_us():
+async def memory_pair():
+    """Both ends of a connection in memory."""
+    return trio.testing.memory_stream_pair()
+
+
+@pytest.mark.parametrize("pair", [memory_pair, tcp_pair])
+async def test_compliant_peer_understands_us(pair):
     """With the `h2` package as the peer, requests and answers of any size arrive whole, and so do headers."""
-    ours, theirs = trio.testing.memory_stream_pair()
+    ours, theirs = await pair()
     ready = trio.Event()
     connection = Connection(ours, ready_by=trio.current_time() + 2.0, on_ready=ready.set)
     echo = Echo(theirs)
@@ -499,10 +506,13 @@ async def test_compliant_peer_understands_us():
         nursery.start_soon(echo.run)
         nursery.start_soon(connection.serve)
         await ready.wait()
+        for request in requests:
+            await ask(request)
         async with trio.open_nursery() as callers:
             for request in requests:
                 callers.start_soon(ask, request)
         await connection.aclose()
+    await theirs.aclose()
 
     assert {
         ":method": "POST",
