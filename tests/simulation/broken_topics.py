@@ -13,6 +13,7 @@ from etcd_infra._primitives._group import Group
 from etcd_infra._primitives._handling import Effects
 from etcd_infra._primitives._ordered_group import OrderedMessages
 from etcd_infra._primitives._reader import Reader
+from etcd_infra._primitives._shared_desk import SharedDesk
 from etcd_infra._primitives._shared_group import SharedMessages
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra._primitives._trimmer import Trimmer
@@ -113,22 +114,22 @@ def mark_is_overlooked():
 
 def claims_over_claims():
     """A claim is put whoever has one, and whatever came of the message."""
-    return replaced(SharedMessages, "_untouched", lambda _self, _record, _seen: ())
+    return replaced(SharedDesk, "_untouched", lambda _self, _record, _seen: ())
 
 
 def progress_is_not_compared():
     """A claim compares neither progress nor the floor: what is done is begun again."""
-    untouched = SharedMessages._untouched
+    untouched = SharedDesk._untouched
 
     def claims_only(self, record, seen):
         return untouched(self, record, seen)[:1]
 
-    return replaced(SharedMessages, "_untouched", claims_only)
+    return replaced(SharedDesk, "_untouched", claims_only)
 
 
 def floor_moves_too_far():
     """The floor moves over messages that are waiting or in hand."""
-    return replaced(SharedMessages, "_done_at_floor", lambda self: list(self._ahead)[:2])
+    return replaced(SharedMessages, "_done_at_floor", lambda self: list(self._view.ahead)[:2])
 
 
 def ids_are_not_compared():
@@ -167,7 +168,7 @@ def number_is_kept():
 
 def lost_claims_are_remembered():
     """A consumer never takes a message again whose claim it has lost."""
-    return replaced(SharedMessages, "lost", lambda _self, _handling: None)
+    return replaced(SharedDesk, "lost", lambda _self, _handling: None)
 
 
 BROKEN = (

@@ -525,8 +525,8 @@ async def test_what_was_done_unseen_is_not_claimed(etcd, autojump_clock, monkeyp
         one.topic("orders").subscribe(group="g", shared=True) as deaf,
         two.topic("orders").subscribe(group="g", shared=True) as inbox,
     ):
-        monkeypatch.setattr(deaf, "_see", lambda _kv: None)
-        monkeypatch.setattr(deaf, "_saw", lambda _event: None)
+        monkeypatch.setattr(deaf._view, "see", lambda _kv: None)
+        monkeypatch.setattr(deaf._view, "saw", lambda _event: None)
         await one.topic("orders").publish("x")
         async with await following(inbox) as message:
             assert "x" == message.payload
