@@ -29,6 +29,7 @@ from etcd_infra._primitives.lock_info import LockInfo
 from etcd_infra._primitives.member_watch import MemberChange, MemberEvent, MemberWatch
 from etcd_infra._primitives.members import Members
 from etcd_infra._primitives.message import DeadLetter, Delivery, GroupMessage, Message
+from etcd_infra._primitives.messages import Messages
 from etcd_infra._primitives.multi_lock import MultiLock
 from etcd_infra._primitives.operations import (
     Cas,
@@ -51,7 +52,7 @@ from etcd_infra._primitives.state import State
 from etcd_infra._primitives.state_info import StateInfo
 from etcd_infra._primitives.state_watch import StateChange, StateSnapshot, StateWatch
 from etcd_infra._primitives.stm import Isolation
-from etcd_infra._primitives.topic import Messages, Topic
+from etcd_infra._primitives.topic import Topic
 from etcd_infra._primitives.topic_info import GroupInfo, TopicInfo
 from etcd_infra._primitives.transaction_info import TransactionInfo
 from etcd_infra._primitives.transitions import Transition, TransitionKind

@@ -29,7 +29,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from etcd_infra._etcd.keys import encode_segment, last_segment
-from etcd_infra._etcd.model import DeleteRange, KeyRange, Put, Range, Txn, TxnResult
+from etcd_infra._etcd.model import DeleteRange, KeyRange, Range, Txn
 from etcd_infra._primitives._budget import fit
 from etcd_infra._primitives._cas import Change, Committed, check_fence, commit, found_in
 from etcd_infra._primitives._claim import Progress, parse_progress
@@ -38,24 +38,25 @@ from etcd_infra._primitives._group import Cursor, Group, message_of
 from etcd_infra._primitives._groups import in_groups
 from etcd_infra._primitives._many import read_many
 from etcd_infra._primitives._message_names import list_positions
-from etcd_infra._primitives._one_at_a_time import OneAtATime
 from etcd_infra._primitives._ordered_group import OrderedMessages
 from etcd_infra._primitives._reader import Reader
+from etcd_infra._primitives._receipt_of import receipt_of
 from etcd_infra._primitives._shared_group import SharedMessages
 from etcd_infra._primitives._space import check_revision
 from etcd_infra._primitives._trimmer import Retention
-from etcd_infra._primitives.message import DeadLetter, Delivery, Message
+from etcd_infra._primitives.message import DeadLetter, Delivery
+from etcd_infra._primitives.messages import Messages
 from etcd_infra._primitives.publish import Publish
-from etcd_infra._primitives.receipt import Receipt
-from etcd_infra.errors import CompactedError, InvalidAnswerError
+from etcd_infra.errors import InvalidAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from contextlib import AbstractAsyncContextManager
 
-    from etcd_infra._primitives._space import Space
     from etcd_infra._primitives._trunk import Trunk
     from etcd_infra._primitives.fence import Fence
+    from etcd_infra._primitives.message import Message
+    from etcd_infra._primitives.receipt import Receipt
 
 T = TypeVar("T")
 
@@ -129,36 +130,7 @@ class Topic(Generic[T]):
         if not isinstance(outcome, Committed):
             msg = f"publishing without conditions was refused: {outcome}"
             raise InvalidAnswerError(msg)
-        if isinstance(write, Put):
-            name = last_segment(write.key)
-            position = Position(outcome.revision, name)
-            return Receipt(self._space, self._keys, position, name, is_duplicate=False)
-        assert message_id is not None
-        answer = outcome.results[0] if outcome.results else None
-        if isinstance(answer, TxnResult) and answer.succeeded:
-            assert not isinstance(write, Range | DeleteRange)
-            put = write.success[0]
-            assert isinstance(put, Put)
-            position = Position(outcome.revision, last_segment(put.key))
-            return Receipt(self._space, self._keys, position, message_id, is_duplicate=False)
-        if isinstance(answer, TxnResult):
-            known = found_in(answer.results[0])[0]
-            position = _marked(known.create_revision, known.value)
-            return Receipt(self._space, self._keys, position, message_id, is_duplicate=True)
-        return await self._receipt_of(message_id, outcome.revision)
-
-    async def _receipt_of(self, message_id: str, published_at: int) -> Receipt:
-        """Look which message had an id right after it was published: the answer that would say so was lost."""
-        one = KeyRange.one(self._keys.marker(message_id))
-        try:
-            found = await self._space.backend.range(Range(one, revision=published_at))
-        except CompactedError:
-            found = await self._space.read(Range(one), min_revision=published_at)
-        marker = next(iter(found.kvs), None)
-        # Trimmed meanwhile, and history is compacted: it was there at that revision.
-        position = Position(published_at) if marker is None else _marked(marker.create_revision, marker.value)
-        is_duplicate = position.revision != published_at
-        return Receipt(self._space, self._keys, position, message_id, is_duplicate=is_duplicate)
+        return await receipt_of(self._space, self._keys, write, outcome, message_id)
 
     # ── subscribing ─────────────────────────────────────────────────────────────────────────────
 
@@ -403,53 +375,6 @@ class Topic(Generic[T]):
     def _offer_to_trim(self) -> None:
         if self._retention is not None:
             self._trunk.offer_to_trim(self._retention)
-
-
-class Messages(Generic[T]):
-    """
-    A subscription without a group, to be iterated over by one task.
-
-    A consumer that does not keep up costs no memory: what the process's buffer (4,096 messages, 4 MiB) does not
-    hold any more is read from etcd.
-    """
-
-    def __init__(self, space: Space, topic: str, type: Any, reader: Reader) -> None:  # noqa: A002
-        self._space = space
-        self._topic = topic
-        self._type = type
-        self._reader = reader
-        self._one_at_a_time = OneAtATime()
-
-    def __aiter__(self) -> Messages[T]:
-        return self
-
-    async def __anext__(self) -> Message[T]:
-        """
-        Wait for the next message.
-
-        Raises:
-            MessagesLostError: some were trimmed unread, or the store was restored; iteration may go on after
-            it. CodecError: a message does not decode; the next step goes on after it.
-            SessionLostError: the coordinator was closed.
-            EtcdError: etcd does not let the topic be read.
-            trio.BusyResourceError: another task waits here already; let each have a subscription of its own.
-
-        Cancellation:
-            Nothing is lost; call again.
-
-        Round trips:
-            None while it keeps up; otherwise one for 32 messages, and to list what is next one for each 1,000
-            messages of the topic.
-        """
-        with self._one_at_a_time:
-            while True:
-                record = await self._reader.next()
-                if not record.head.group:
-                    return message_of(self._space, self._topic, self._type, record, 1)
-
-
-def _marked(revision: int, name: bytes) -> Position:
-    return Position(revision, name.decode(errors="replace"))
 
 
 def _check_seconds(name: str, value: object) -> None:
