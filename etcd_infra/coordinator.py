@@ -129,7 +129,7 @@ class Coordinator:
 
     def metrics(self) -> dict[str, object]:
         """What this coordinator has done so far; local and free. `docs/metrics.md` explains each field."""
-        return self._metrics.read(self._sessions.session)
+        return self._metrics.read(self._sessions.session, is_leader=self._candidacies.is_leader)
 
     async def inspect(self, kind: str, name: str | None = None) -> object:
         """

@@ -44,18 +44,18 @@ class Metrics:
     tally: Tally
     sync: SyncMeter
 
-    def read(self, session: Session | None) -> dict[str, object]:
+    def read(self, session: Session | None, *, is_leader: bool) -> dict[str, object]:
         """Return the fields of the source document's metrics, in seconds."""
         return {
             "node_id": self.node_id,
-            "is_leader": False,
+            "is_leader": is_leader,
             "connected_nodes": session.connected_nodes if session is not None else 0,
             "lock_acquisitions": self.tally.lock_acquisitions,
             "lock_releases": self.tally.lock_releases,
             "lock_conflicts": self.tally.lock_conflicts,
             "state_operations": self.tally.state_operations,
-            "messages_sent": 0,
-            "messages_received": 0,
+            "messages_sent": self.tally.messages_sent,
+            "messages_received": self.tally.messages_received,
             "last_sync_timestamp": self.sync.last_at,
             "average_sync_latency": self.sync.average,
         }

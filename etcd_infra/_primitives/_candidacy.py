@@ -105,6 +105,11 @@ class Candidacy:
         self.campaigns = 0
         self.listeners: dict[Callable[[Leadership, bool], None], None] = {}
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process leads, by the clocks of this moment."""
+        return any(leadership.is_held() for leadership in self.leaderships)
+
     @contextmanager
     def campaigning(self) -> Generator[None]:
         """Note that a task wants to lead, for the length of a body."""
@@ -150,6 +155,11 @@ class Candidacies:
         self._keys = keys
         self._background = background
         self._by_line: WeakValueDictionary[bytes, Candidacy] = WeakValueDictionary()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process leads any election."""
+        return any(candidacy.is_leader for candidacy in self._by_line.values())
 
     def of(self, name: str) -> Candidacy:
         """Return the candidacy of a name; it lives as long as somebody keeps it."""

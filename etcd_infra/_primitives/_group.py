@@ -174,6 +174,7 @@ class Group(Generic[T]):
         """
         payload = decoded(self.space, self.type, record)
         about = _about(self.topic, record.head, record, handling.attempt)
+        self.space.tally.messages_received += 1
         return GroupMessage(payload=payload, handling=handling, **about)
 
     def is_for_us(self, record: Record) -> bool:

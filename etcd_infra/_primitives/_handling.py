@@ -185,6 +185,7 @@ class Handling:
 
         async def commit() -> None:
             await self._settle(_effects(run))
+            self._space.tally.messages_sent += len(run.publications)
 
         if self.ending is not None:
             self._check_open()

@@ -92,7 +92,7 @@ class Election:
     @property
     def is_leader(self) -> bool:
         """Whether this process leads, by the clocks of this moment; local and free."""
-        return any(leadership.is_held() for leadership in self._candidacy.leaderships)
+        return self._candidacy.is_leader
 
     # ── leading ─────────────────────────────────────────────────────────────────────────────────
 

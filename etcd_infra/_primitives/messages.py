@@ -55,4 +55,6 @@ class Messages(Generic[T]):
             while True:
                 record = await self._reader.next()
                 if not record.head.group:
-                    return message_of(self._space, self._topic, self._type, record, 1)
+                    message = message_of(self._space, self._topic, self._type, record, 1)
+                    self._space.tally.messages_received += 1
+                    return message

@@ -123,7 +123,10 @@ async def _is_valid(space: Space, run: Transaction, level: Isolation, fence: Fen
         return await _still_hold(space, conditions, fence)
     ops = (*[_write(key, value) for key, value in writes.items()], *run.publications)
     change = Change(ops, tuple(writes), conditions, fence=fence)
-    return isinstance(await commit(space.sessions, space.keys, fit(change)), Committed)
+    if not isinstance(await commit(space.sessions, space.keys, fit(change)), Committed):
+        return False
+    space.tally.messages_sent += len(run.publications)
+    return True
 
 
 def _conditions(reads: Reads, written: tuple[bytes, ...], level: Isolation) -> tuple[Compare, ...]:

@@ -130,6 +130,7 @@ class Topic(Generic[T]):
         if not isinstance(outcome, Committed):
             msg = f"publishing without conditions was refused: {outcome}"
             raise InvalidAnswerError(msg)
+        self._space.tally.messages_sent += 1
         return await receipt_of(self._space, self._keys, write, outcome, message_id)
 
     # ── subscribing ─────────────────────────────────────────────────────────────────────────────

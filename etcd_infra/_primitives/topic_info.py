@@ -14,6 +14,7 @@ from etcd_infra._primitives._group import Cursor
 from etcd_infra._primitives._message_names import list_positions
 from etcd_infra._primitives._trim_mark import TrimMark
 from etcd_infra._primitives._who import who_is
+from etcd_infra.errors import CodecError
 
 if TYPE_CHECKING:
     from etcd_infra._etcd.backend import Backend
@@ -29,7 +30,8 @@ class GroupInfo:
 
     Attributes:
         name: The group.
-        kind: "ordered" or "sharing".
+        kind: "ordered" or "sharing"; "unreadable" if its cursor is no cursor: nothing is trimmed while it is
+            there, and its lag is every message.
         lag: How many messages it has yet to acknowledge; replayed ones of other groups are counted, too.
         lag_seconds: How old the oldest of them is, by its publisher's clock; 0 if there is none.
         consumers: Node ids: of an ordered group the active one first, then who waits for its place; of a
@@ -123,7 +125,11 @@ async def _describe(backend: Backend, keys: TopicKeys, name: str, now: float) ->
 async def _group(
     backend: Backend, keys: TopicKeys, kv: KeyValue, messages: list[Position], now: float
 ) -> GroupInfo:
-    name, cursor = keys.parse_cursor(kv.key), Cursor.parse(kv)
+    name = keys.parse_cursor(kv.key)
+    try:
+        cursor = Cursor.parse(kv)
+    except CodecError:
+        return GroupInfo(name, "unreadable", len(messages), _age(messages, now), (), 0, 0)
     waiting = messages[bisect_right(messages, cursor.position(kv)) :]
     attempts = cursor.attempts
     line = keys.claims(name) if cursor.shared else keys.consumers(name)
@@ -138,8 +144,12 @@ async def _group(
         name,
         kind="sharing" if cursor.shared else "ordered",
         lag=len(waiting),
-        lag_seconds=max(0.0, now - time_of(waiting[0].name)) if waiting else 0.0,
+        lag_seconds=_age(waiting, now),
         consumers=tuple(dict.fromkeys(who_is(one).node for one in there.kvs)),
         attempts=attempts,
         dead_letters=dead.count,
     )
+
+
+def _age(waiting: list[Position], now: float) -> float:
+    return max(0.0, now - time_of(waiting[0].name)) if waiting else 0.0

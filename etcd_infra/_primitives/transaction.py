@@ -82,7 +82,8 @@ async def execute(
         One; with increments or decrements two, and two more for each conflict. One more for each lost answer.
     """
     bound = bind(operations, space)
-    space.tally.state_operations += len(bound)
+    sent = sum(not one.operation.is_state for one in bound)
+    space.tally.state_operations += len(bound) - sent
     name = f"{space.random.getrandbits(64):016x}"
     wanted = keys_to_read(bound)
     # Whatever will be read: what is over the budget is so already.
@@ -94,6 +95,7 @@ async def execute(
         change = fit(change_of(folded, name.encode(), fence))
         outcome = await commit(space.sessions, space.keys, change)
         if isinstance(outcome, Committed):
+            space.tally.messages_sent += sent
             folded = await _told(space, folded, bound, change.ops, outcome)
             results = folded.results_at(outcome.revision, bound)
             return TransactionResult(name, TransactionStatus.COMMITTED, results, outcome.revision)

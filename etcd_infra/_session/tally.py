@@ -13,3 +13,5 @@ class Tally:
     lock_releases: int = 0
     lock_conflicts: int = 0
     state_operations: int = 0
+    messages_sent: int = 0
+    messages_received: int = 0

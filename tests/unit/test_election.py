@@ -64,11 +64,11 @@ async def test_leads_for_the_length_of_the_body(etcd, infra, autojump_clock):
         (mine,) = line(etcd)
         assert (b"proposal", infra.session.lease.id) == (mine.value, mine.lease)
         assert mine.create_revision == leadership.term == leadership.token == leadership.fence.token
-        assert infra.election("job").is_leader
+        assert infra.election("job").is_leader is infra.metrics()["is_leader"] is True
         assert 1 == len(members(etcd))
     assert [] == line(etcd) == members(etcd)
     assert LockStatus.RELEASED is leadership.status
-    assert not infra.election("job").is_leader
+    assert infra.election("job").is_leader is infra.metrics()["is_leader"] is False
 
 
 async def test_round_trips_of_a_leadership(etcd, autojump_clock):
@@ -193,6 +193,7 @@ async def test_leader_after_a_long_pause_knows_at_the_first_look(etcd, autojump_
                 assert election.is_leader
                 boot[0] += 60
                 assert not election.is_leader
+                assert not infra.metrics()["is_leader"]
                 assert LockStatus.EXPIRED is leadership.status
                 with pytest.raises(LeadershipLostError):
                     leadership.check()
@@ -230,6 +231,7 @@ async def test_two_elections_per_coordinator_are_independent(etcd, infra, autoju
         await trio.sleep(3600)
         other.check()
         assert infra.election("other").is_leader
+        assert infra.metrics()["is_leader"]
         assert not infra.election("job").is_leader
 
 

@@ -606,3 +606,52 @@ async def test_memory_etcd_is_enough(autojump_clock):
     async with open_infra(MemoryEtcd().node("one")) as infra, infra.topic("t").subscribe() as inbox:
         await infra.topic("t").publish(1)
         assert [1] == await take(inbox, 1)
+
+
+async def test_inspect_shows_a_cursor_that_is_none(autojump_clock, infra, etcd):
+    """What somebody put among the cursors by hand is shown as what holds up the trimmer, beside the groups."""
+    topic = infra.topic("orders", retention=Retention(count=1))
+    async with topic.subscribe(group="good"):
+        await etcd.node("hand").put(KEYS.cursor("bad"), b"\xff")
+        for number in range(3):
+            await topic.publish(number)
+        await trio.sleep(60)
+        (orders,) = await infra.inspect("topics")
+    assert [("bad", "unreadable", 3), ("good", "ordered", 3)] == [
+        (one.name, one.kind, one.lag) for one in orders.groups
+    ]
+
+
+async def test_messages_are_counted(autojump_clock, infra):
+    """`messages_sent` counts what was published in whatever way, `messages_received` each delivery."""
+    topic = infra.topic("orders")
+
+    async def publish_both(tx):
+        tx.publish("orders", 3)
+        tx.publish("orders", 4)
+
+    async with (
+        topic.subscribe() as listener,
+        topic.subscribe(group="one") as one,
+        topic.subscribe(group="many", shared=True) as many,
+    ):
+        await topic.publish(1, message_id="once")
+        await topic.publish(1, message_id="once")
+        await infra.execute([Publish("orders", 2), Set("k", 1)])
+        await infra.transact(publish_both)
+        assert (5, 0) == counted(infra)
+        assert [1, 2, 3, 4] == await take(listener, 4)
+        assert (5, 4) == counted(infra)
+        async with (await anext(one)).transaction() as tx:
+            tx.publish("orders", 5)
+        message = await anext(many)
+        await message.nack()
+        async with await anext(many):
+            pass
+        assert (6, 7) == counted(infra)
+    assert 1 == infra.metrics()["state_operations"]
+
+
+def counted(infra):
+    """Return how many messages were sent and received."""
+    return infra.metrics()["messages_sent"], infra.metrics()["messages_received"]
