@@ -27,8 +27,15 @@ if TYPE_CHECKING:
 
 _AUTHENTICATE: Final = "/etcdserverpb.Auth/Authenticate"
 _NOT_ENABLED: Final = "etcdserver: authentication is not enabled"
-# etcd: what it says, beyond UNAUTHENTICATED, when a token is missing or older than a change of users and roles.
-_TOKEN_TEXTS: Final = frozenset({"etcdserver: user name is empty", "etcdserver: revision of auth store is old"})
+# etcd: what it says when a token is void, is missing, or is older than a change of users and roles. Whoever else
+# refuses a call may not know what became of it.
+_TOKEN_TEXTS: Final = frozenset(
+    {
+        "etcdserver: invalid auth token",
+        "etcdserver: user name is empty",
+        "etcdserver: revision of auth store is old",
+    }
+)
 _FRESH_SECONDS: Final = 1.0
 _LEAST_SECONDS: Final = 0.1
 
@@ -51,6 +58,8 @@ class Tokens:
         self._token: str | None = None
         self._known_since: float | None = None
         self._fetches: dict[Channel, _Fetch] = {}
+        self._begun = 0
+        self._kept = 0
 
     async def get(self, channel: Channel, *, fresh: bool = False) -> str | None:
         """
@@ -73,7 +82,8 @@ class Tokens:
             return self._token
         fetch = self._fetches.get(channel)
         if fetch is None:
-            fetch = self._fetches[channel] = _Fetch()
+            self._begun += 1
+            fetch = self._fetches[channel] = _Fetch(self._begun)
             self._background.start_soon(self._run, fetch, channel)
         await fetch.done.wait()
         if fetch.error is not None:
@@ -82,8 +92,11 @@ class Tokens:
 
     def reject(self, token: str | None) -> None:
         """Take in that etcd did not accept a token."""
-        if token == self._token:
+        if token == self._token and self._known_since is not None:
             self._known_since = None
+            # Race: what is being fetched may have been given out before this one was refused, and be void, too.
+            self._fetches.clear()
+            self._kept = self._begun
 
     async def _run(self, fetch: _Fetch, channel: Channel) -> None:
         try:
@@ -99,9 +112,10 @@ class Tokens:
         except InvalidAnswerError:
             fetch.error = _Failure(StatusCode.INTERNAL, "the answer to user and password makes no sense")
         finally:
-            if fetch.error is None:
-                self._token, self._known_since = fetch.token, trio.current_time()
-            del self._fetches[channel]
+            if fetch.error is None and fetch.number > self._kept:
+                self._token, self._known_since, self._kept = fetch.token, trio.current_time(), fetch.number
+            if self._fetches.get(channel) is fetch:
+                del self._fetches[channel]
             fetch.done.set()
 
 
@@ -119,9 +133,10 @@ class _Failure:
 
 
 class _Fetch:
-    """One request for a token, and those who wait for it."""
+    """One request for a token, and those who wait for it; of two, the one that began later counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.done = trio.Event()
         self.token: str | None = None
         self.error: _Failure | None = _Failure(StatusCode.UNAVAILABLE, "this connection to etcd was closed")
@@ -186,4 +201,4 @@ def _with(token: str | None, metadata: Metadata) -> Metadata:
 
 
 def _is_about_token(error: ChannelError) -> bool:
-    return error.code == StatusCode.UNAUTHENTICATED or error.details in _TOKEN_TEXTS
+    return error.details in _TOKEN_TEXTS

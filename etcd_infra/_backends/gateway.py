@@ -15,7 +15,6 @@ Source: etcd `Documentation/dev-guide/api_grpc_gateway.md`, etcd3gw `client.py`.
 
 from __future__ import annotations
 
-import os
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -30,9 +29,9 @@ from etcd_infra._backends.gateway_connections import BreakableAdapter, Call, tak
 from etcd_infra._backends.gateway_json import failure, from_json, to_json, unwrapped
 from etcd_infra._backends.gateway_watch import Caller, GatewayWatchStream
 from etcd_infra._backends.grpc_headers import timeout_text
+from etcd_infra._backends.home import Home
 from etcd_infra._backends.status import StatusCode
 from etcd_infra._etcd.background import open_background
-from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -99,7 +98,7 @@ class GatewayChannel(Channel):
         self._port = endpoint.port
         self._protocol = "http" if tls is None else "https"
         self._dial_timeout = dial_timeout
-        self._process = os.getpid()
+        self._home = Home()
         self._closed = False
         self._under_way: set[Call] = set()
         self._calls = trio.CapacityLimiter(_CALLS)
@@ -148,6 +147,8 @@ class GatewayChannel(Channel):
 
     async def aclose(self) -> None:
         """Implement `Channel.aclose`."""
+        if not self._home.is_here:
+            return
         self._closed = True
         for call in tuple(self._under_way):
             call.break_off()
@@ -157,8 +158,7 @@ class GatewayChannel(Channel):
             await trio.sleep(0.01)
 
     def _check_usable(self) -> None:
-        if os.getpid() != self._process:
-            raise ForkedError("this connection belongs to the parent process; open a new one after the fork")
+        self._home.check()
         if self._closed:
             raise trio.ClosedResourceError("this connection to etcd was closed")
 

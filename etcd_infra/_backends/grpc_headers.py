@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HEADER_LIST_LIMIT: Final = 64 * 1024
 _MEMORY: Final = 256
+_PREFIX_LIMIT: Final = 0x7F
 _REMEMBERED_BYTES: Final = 1024
 _LONGEST_TIMEOUT: Final = 99_999_999
 _HTTP_OK: Final = 200
@@ -104,9 +105,27 @@ class RequestHeaders:
         ]
         if time_limit is not None:
             headers.append(("grpc-timeout", timeout_text(time_limit)))
-        headers.extend(metadata)
         # "Sensitive" fields stay out of every table on the way.
-        return Encoder().encode((name, value, True) for name, value in headers)
+        block = Encoder().encode((name, value, True) for name, value in headers)
+        # Not by the package: it logs what it encodes, and a token is a secret.
+        return block + b"".join(_never_indexed(name) + _text(value) for name, value in metadata)
+
+
+def _never_indexed(name: str) -> bytes:
+    # RFC 7541, 6.2.3: a literal with a new name, to be kept out of every table.
+    return b"\x10" + _text(name)
+
+
+def _text(text: str) -> bytes:
+    # RFC 7541, 5.2 and 5.1: a length with a prefix of seven bits, and the octets as they are.
+    octets = text.encode()
+    if len(octets) < _PREFIX_LIMIT:
+        return bytes([len(octets)]) + octets
+    length, rest = bytearray([_PREFIX_LIMIT]), len(octets) - _PREFIX_LIMIT
+    while rest >= 0x80:  # noqa: PLR2004
+        length.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    return bytes([*length, rest]) + octets
 
 
 def timeout_text(seconds: float) -> str:
@@ -145,7 +164,8 @@ class AnswerHeadersDecoder:
         try:
             return {bytes(name): bytes(value) for name, value in self._decoder.decode(block, raw=True)}
         except HPACKError as error:
-            raise BadHeadersError(str(error)) from error
+            # Not the package's own text: it repeats the block, which may be long.
+            raise BadHeadersError(f"no block of headers ({type(error).__name__})") from None
 
 
 def _read(fields: dict[bytes, bytes]) -> AnswerHeaders:

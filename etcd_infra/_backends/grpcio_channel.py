@@ -9,7 +9,6 @@ the Trio thread.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import deque
@@ -22,8 +21,8 @@ import grpc as untyped_grpc
 import trio
 
 from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Metadata
+from etcd_infra._backends.home import Home
 from etcd_infra._backends.status import StatusCode
-from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -129,7 +128,7 @@ class GrpcioChannel(Channel):
     """
 
     def __init__(self, target: str, *, dial_timeout: float, tls: TlsConfig | None = None) -> None:
-        self._pid = os.getpid()
+        self._home = Home()
         self._inbox = _Inbox()
         self._calls: set[Any] = set()
         self._no_calls = trio.Event()
@@ -173,7 +172,7 @@ class GrpcioChannel(Channel):
 
     async def aclose(self) -> None:
         """Implement `Channel.aclose`."""
-        if self._closed or os.getpid() != self._pid:
+        if self._closed or not self._home.is_here:
             return
         self._closed = True
         for call in tuple(self._calls):
@@ -188,8 +187,7 @@ class GrpcioChannel(Channel):
             self._channel.close()
 
     def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedError("this connection belongs to the parent process; open a new one after the fork")
+        self._home.check()
         if self._closed:
             raise trio.ClosedResourceError("this connection to etcd was closed")
 

@@ -7,7 +7,6 @@ drains (the server goes away, stream numbers are used up) finishes its calls whi
 
 from __future__ import annotations
 
-import os
 from contextlib import asynccontextmanager
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
@@ -16,11 +15,11 @@ import trio
 
 from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Metadata
 from etcd_infra._backends.grpc_headers import RequestHeaders
+from etcd_infra._backends.home import Home
 from etcd_infra._backends.http2_connection import Connection
 from etcd_infra._backends.http2_socket import TcpStream
 from etcd_infra._backends.status import StatusCode
 from etcd_infra._backends.tls import secured
-from etcd_infra.errors import ForkedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -53,7 +52,7 @@ class Http2Channel(Channel):
         background: Background | trio.Nursery,
         tls: TlsConfig | None = None,
     ) -> None:
-        self._pid = os.getpid()
+        self._home = Home()
         self._endpoint = endpoint
         self._dial_timeout = dial_timeout
         self._background = background
@@ -84,7 +83,7 @@ class Http2Channel(Channel):
 
     async def aclose(self) -> None:
         """Implement `Channel.aclose`."""
-        if self._closed or os.getpid() != self._pid:
+        if self._closed or not self._home.is_here:
             return
         self._closed = True
         for connection in tuple(self._connections):
@@ -93,8 +92,7 @@ class Http2Channel(Channel):
             await self._dial.aclose()
 
     def _usable(self) -> Connection | None:
-        if os.getpid() != self._pid:
-            raise ForkedError("this connection belongs to the parent process; open a new one after the fork")
+        self._home.check()
         if self._closed:
             raise trio.ClosedResourceError("this connection to etcd was closed")
         connection = self._connection
@@ -131,8 +129,8 @@ class Http2Channel(Channel):
                 transport = TcpStream(await trio.open_tcp_stream(self._endpoint.host, self._endpoint.port))
                 if self._tls is not None:
                     return await secured(transport, self._tls, self._endpoint.host)
-            except (OSError, UnicodeError, trio.BrokenResourceError) as error:
-                # UnicodeError: no name of a host, as those who translate it see it.
+            except (OSError, ValueError, trio.BrokenResourceError) as error:
+                # ValueError: no name of a host, as those who translate or verify it see it.
                 dial.fact = _described(error)
                 return None
             else:
@@ -183,7 +181,7 @@ class _Dial:
         return now >= self._done_at + _DIAL_PAUSE_SECONDS
 
 
-def _described(error: OSError | UnicodeError | trio.BrokenResourceError) -> str:
+def _described(error: OSError | ValueError | trio.BrokenResourceError) -> str:
     # Trio tries each address of a name; if all fail, the reasons are behind its own error.
     cause: Any = error.__cause__
     reasons: tuple[object, ...] = getattr(cause, "exceptions", (cause or error,))

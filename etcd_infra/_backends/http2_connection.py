@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _SILENCE_SECONDS: Final = 10.0
 _PING_SECONDS: Final = 4.0
 _FAREWELL_SECONDS: Final = 0.1
+# A server that takes less than this in as long as a dead connection lives is as good as dead, whatever it says.
+_PIECE_BYTES: Final = 64 * 1024
 
 
 class Connection:
@@ -53,7 +55,7 @@ class Connection:
         self._ready_by = ready_by
         self._on_ready = on_ready
         self._callers = 0
-        self._unsent = b""
+        self._unsent: bytes | memoryview = b""
         self._writer: trio.lowlevel.Task | None = None
         self._said_all = trio.Event()
         self._closed = trio.Event()
@@ -85,7 +87,7 @@ class Connection:
 
         self._callers += 1
         try:
-            if self._callers == 1 and self._tcp is not None and not self._unsent:
+            if self._callers == 1 and stream.id and self._tcp is not None and not self._unsent:
                 self._write_now()
             self._wake_writer()
             await trio.lowlevel.wait_task_rescheduled(abort)
@@ -115,7 +117,6 @@ class Connection:
         """Forget a call."""
         self._calls.pop(stream, None)
         self._protocol.cancel(stream)
-        self._dispatch(self._protocol.take_events())
         self._wake_writer()
         self._leave_if_drained()
 
@@ -166,13 +167,10 @@ class Connection:
             while self._has_more_to_write:
                 if not self._unsent:
                     self._write_now()
-                if self._unsent:
-                    try:
-                        await self._transport.send_all(self._unsent)
-                    except trio.BrokenResourceError as error:
-                        self._give_up(_described(error))
-                        return
-                    self._unsent = b""
+                    self._dispatch(self._protocol.take_events())
+                    self._leave_if_drained()
+                if self._unsent and not await self._write_rest():
+                    return
             if self._protocol.is_broken:
                 self._said_all.set()
             self._writer = trio.lowlevel.current_task()
@@ -185,7 +183,25 @@ class Connection:
     def _write_now(self) -> None:
         """Write as much as can be written within this turn; the rest is for the writer."""
         out = self._protocol.take()
-        self._unsent = out if self._tcp is None else self._tcp.send_now(out)
+        sent = 0 if self._tcp is None else self._tcp.send_now(out)
+        if sent < len(out):
+            self._unsent = memoryview(out)[sent:]
+
+    async def _write_rest(self) -> bool:
+        """Write what could not be written at once; False: the connection was given up."""
+        while self._unsent:
+            piece = self._unsent[:_PIECE_BYTES]
+            with trio.move_on_after(_SILENCE_SECONDS + _PING_SECONDS) as patience:
+                try:
+                    await self._transport.send_all(piece)
+                except trio.BrokenResourceError as error:
+                    self._give_up(_described(error))
+                    return False
+            if patience.cancelled_caught:
+                self._give_up("the server reads nothing")
+                return False
+            self._unsent = self._unsent[len(piece) :]
+        return True
 
     def _abort_writer(self, _: object) -> trio.lowlevel.Abort:
         self._writer = None
@@ -226,9 +242,6 @@ class Connection:
 
     def _expire(self, now: float) -> None:
         for stream, call in [entry for entry in self._calls.items() if entry[1].deadline <= now]:
-            if stream.is_over:
-                # The end of a call before it was its end, too.
-                continue
             ending = StreamEnded(
                 stream, StatusCode.DEADLINE_EXCEEDED, "no answer in time", never_sent=not stream.is_complete
             )

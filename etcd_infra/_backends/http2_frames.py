@@ -71,6 +71,7 @@ def error_name(code: int) -> str:
 
 
 _CODES: Final = frozenset(ErrorCode)
+_LONGEST_FAREWELL: Final = 200
 # Length and type (24 and 8 bits), flags, stream.
 HEAD: Final = struct.Struct(">IBI")
 _U32: Final = struct.Struct(">I")
@@ -124,7 +125,7 @@ def ping(payload: bytes, *, ack: bool = False) -> bytes:
 
 def goaway(code: int, details: str) -> bytes:
     """Build a GOAWAY frame; a client has accepted no stream of the server's."""
-    return frame(GOAWAY, 0, 0, _U32.pack(0) + _U32.pack(code) + details.encode())
+    return frame(GOAWAY, 0, 0, _U32.pack(0) + _U32.pack(code) + details.encode()[:_LONGEST_FAREWELL])
 
 
 def read_u32(payload: bytes, at: int = 0) -> int:

@@ -126,8 +126,8 @@ class Http2Protocol:
 
     @property
     def has_output(self) -> bool:
-        """Whether `take` has something to give."""
-        return bool(self._out)
+        """Whether `take` has something to give, or may begin calls that waited for their turn."""
+        return bool(self._out) or (bool(self._queued) and self._has_room)
 
     @property
     def open_calls(self) -> int:
@@ -135,7 +135,13 @@ class Http2Protocol:
         return len(self._streams) + len(self._queued)
 
     def take(self) -> bytes:
-        """Return what has to be written now, and take it for written."""
+        """
+        Return what has to be written now, and take it for written.
+
+        Calls that waited for a free stream begin here and nowhere else: those that are given up in the same
+        turn as the call before them never do. It can be the end of calls, see `take_events`.
+        """
+        self._admit_queued()
         out = b"".join(self._out)
         self._out.clear()
         self._replies = 0
@@ -262,7 +268,7 @@ class Http2Protocol:
         return self.take_events()
 
     def take_events(self) -> list[Event]:
-        """Return what happened since the last time; `cancel` can be the end of other calls."""
+        """Return what happened since the last time."""
         events, self._events = self._events, []
         return events
 
@@ -374,7 +380,6 @@ class Http2Protocol:
         self.is_ready = True
         self._reply(h2.settings_ack())
         self._write_all()
-        self._admit_queued()
 
     def _apply_setting(self, name: int, value: int) -> None:
         if name == h2.MAX_CONCURRENT_STREAMS:
@@ -419,9 +424,9 @@ class Http2Protocol:
         said = payload[8:200].decode("ascii", "replace")
         details = f"the server goes away: {h2.error_name(h2.read_u32(payload, 4))} {said}".rstrip()
         self.reason = self.reason or details
-        # RFC 9113, 6.8: streams above the last one were not processed, and never will be.
+        # RFC 9113, 6.8: streams above the last one were not processed, unless the server contradicts itself.
         for stream in [stream for number, stream in self._streams.items() if number > last]:
-            self._end(stream, StatusCode.UNAVAILABLE, details, never_sent=True)
+            self._end(stream, StatusCode.UNAVAILABLE, details, never_sent=not stream.is_answered)
         self._refuse_queued(details)
 
     def _read_window_update(self, _: int, stream_id: int, payload: bytes) -> None:
@@ -467,7 +472,6 @@ class Http2Protocol:
         if stream.id:
             del self._streams[stream.id]
             self._sending.pop(stream, None)
-            self._admit_queued()
         else:
             del self._queued[stream]
 

@@ -27,12 +27,12 @@ class TcpStream(trio.abc.Stream):
         self._socket = socket.socket(fileno=stream.socket.detach())
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket))
 
-    def send_now(self, data: bytes) -> bytes:
-        """Write what the system takes, return the rest: all of it if something is wrong, as `send_all` says."""
+    def send_now(self, data: bytes) -> int:
+        """Write what the system takes at once; return how much: 0 if something is wrong, as `send_all` says."""
         try:
-            return data[self._socket.send(data) :]
+            return self._socket.send(data)
         except OSError:
-            return data
+            return 0
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Implement `trio.abc.SendStream.send_all`; a cancellation leaves any part of it written."""

@@ -58,7 +58,7 @@ class Stream:
         self.send_window = send_window
         self.receive_window = STREAM_WINDOW
         self.held = 0
-        self.outgoing: deque[bytes] = deque()
+        self.outgoing: deque[bytes | memoryview] = deque()
         self.ends = False
         self.handed_over = False
         self.is_answered = False
@@ -80,9 +80,10 @@ class Stream:
         """Take the next bytes to be sent, at most `room`."""
         piece = self.outgoing.popleft()
         if len(piece) > room:
-            self.outgoing.appendleft(piece[room:])
-            piece = piece[:room]
-        return piece
+            view = memoryview(piece)
+            self.outgoing.appendleft(view[room:])
+            piece = view[:room]
+        return piece if isinstance(piece, bytes) else bytes(piece)
 
     def read(self, data: bytes) -> list[bytes]:
         """

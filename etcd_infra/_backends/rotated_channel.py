@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+import trio
+
 from etcd_infra._backends.channel import ByteStream, Channel, ChannelError, Metadata
 from etcd_infra._backends.status import StatusCode
 
@@ -68,6 +70,8 @@ class RotatedChannel(Channel):
                 self._retire(channel)
 
     def _current(self) -> Channel:
+        if self._closed:
+            raise trio.ClosedResourceError("this connection to etcd was closed")
         try:
             stamp = self._stamp()
             if self._newest is None or stamp != self._made_of:

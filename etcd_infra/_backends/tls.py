@@ -27,7 +27,7 @@ class TlsConfig:
         server_name: What the server's certificate must name; None: the endpoint's host.
 
     Raises:
-        ValueError: one of `cert` and `key` is given without the other.
+        ValueError: one of `cert` and `key` is given without the other; or `server_name` is no name of a host.
     """
 
     ca: str | None = None
@@ -38,6 +38,8 @@ class TlsConfig:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise ValueError(f"a certificate goes with its key: cert={self.cert!r}, key={self.key!r}")
+        if self.server_name is not None:
+            _check_host(self.server_name)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -106,6 +108,15 @@ async def secured(
         await trio.aclose_forcefully(transport)
         raise
     return stream
+
+
+def _check_host(name: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+    except (ValueError, TypeError) as error:
+        # TypeError: a NUL byte.
+        raise ValueError(f"server_name={name!r} is no name of a host: {error}") from error
 
 
 def _check_protocol(stream: trio.SSLStream[trio.abc.Stream], protocol: str) -> None:

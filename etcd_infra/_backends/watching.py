@@ -25,6 +25,7 @@ import trio
 
 from etcd_infra._backends import wire
 from etcd_infra._backends.channel import ChannelError
+from etcd_infra._backends.home import Home
 from etcd_infra._backends.status import StatusCode, refusal
 from etcd_infra._backends.watch_buffer import BufferedWatch
 from etcd_infra._policy.backoff import delay
@@ -76,6 +77,7 @@ class Watching:
         def multiplexer() -> _Multiplexer:
             return _Multiplexer(endpoints, nursery, read_revision=read_revision, draw=draw, patience=patience)
 
+        self._home = Home()
         self._ordinary = multiplexer()
         self._coordination = multiplexer()
 
@@ -96,6 +98,7 @@ class Watching:
     @asynccontextmanager
     async def open(self, cursor: WatchCursor, *, coordination: bool) -> AsyncGenerator[WatchStream]:
         """Create a watch where `cursor` stands; wait until a server has; cancel it in the end."""
+        self._home.check()
         multiplexer = self._coordination if coordination else self._ordinary
         watch = BufferedWatch(cursor, multiplexer.add)
         multiplexer.add(watch)

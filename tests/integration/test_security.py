@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from etcd_infra import AccessDeniedError, TlsConfig, UnavailableError, open_coordinator
+from etcd_infra._backends import wire
 from etcd_infra.abc import KeyRange
 from etcd_infra.testing import EtcdServer, find_etcd
 from tests.helpers.certificates import Authority
@@ -214,13 +215,15 @@ async def test_users_do_what_they_may(open_etcd, program):
 
 
 @every_etcd()
-async def test_token_that_expires(open_etcd, program, caplog):
+async def test_token_that_expires(open_etcd, program, caplog, monkeypatch):
     """
     Tokens that live three seconds and are not used for longer: calls go on, open watches and new ones, too.
 
     Neither password nor token is logged.
     """
     caplog.set_level(logging.DEBUG)
+    tokens, decode = [], wire.decode_authenticate
+    monkeypatch.setattr(wire, "decode_authenticate", lambda answer: tokens.append(decode(answer)) or tokens[-1])
     async with (
         guarded(program, "--auth-token-ttl=3") as server,
         open_etcd(server.endpoint, username="alice", password=PASSWORD) as backend,
@@ -236,8 +239,10 @@ async def test_token_that_expires(open_etcd, program, caplog):
             while not (batch := await batches.receive()).events:
                 pass
         assert b"two" == batch.events[0].kv.value
-    assert PASSWORD not in caplog.text
-    assert PASSWORD not in repr(backend)
+    assert len(set(tokens)) > 1
+    for secret in (PASSWORD, *tokens):
+        assert secret not in caplog.text
+        assert secret not in repr(backend)
 
 
 @every_etcd()

@@ -247,3 +247,72 @@ async def test_closing_does_not_leave_anybody_waiting(autojump_clock):
             nursery.start_soon(call, channel)
             await trio.sleep(1)
     assert [True] == caught
+
+
+class SlowMember(ScriptedChannel):
+    """A member that gives out a token at once, and whose answer is under way for a while."""
+
+    def __init__(self, valid, delay=0.0):
+        super().__init__()
+        self.valid = valid
+        self.delay = delay
+
+    async def unary(self, method, request, /, *, time_limit, metadata=()):
+        """Give out a token, or look at one."""
+        self.calls.append((method, request, time_limit, metadata))
+        await trio.lowlevel.checkpoint()
+        if method != AUTHENTICATE:
+            if dict(metadata).get("token") not in self.valid:
+                raise EXPIRED
+            return b"done"
+        given = f"t{self.valid[-1][1:] if self.valid else 0}{len(self.calls)}"
+        self.valid.append(given)
+        await trio.sleep(self.delay)
+        return token(given.encode())
+
+
+async def test_refused_call_waits_for_no_older_request(autojump_clock):
+    """A token that was given out before the refusal may be void as well: another one is asked for."""
+    member = SlowMember([])
+    async with open_background() as background, trio.open_nursery() as nursery:
+        channel = TokenChannel(member, Tokens("alice", "secret", background, time_limit=5.0))
+        await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+        await trio.sleep(60)
+        member.delay = 0.3
+
+        async def open_stream():
+            async with channel.stream("/Watch/Watch"):
+                pass
+
+        nursery.start_soon(open_stream)
+        await trio.sleep(0.1)
+        member.valid.clear()
+        async with trio.open_nursery() as callers:
+            for _ in range(3):
+                callers.start_soon(lambda: channel.unary("/KV/Txn", b"x", time_limit=5.0))
+    assert 3 == [method for method, *_ in member.calls].count(AUTHENTICATE)
+
+
+async def test_of_two_tokens_the_later_request_counts(autojump_clock):
+    """The answer of a slow member, asked earlier, does not take the place of a newer token."""
+    valid = []
+    slow, quick = SlowMember(valid, 1.0), SlowMember(valid)
+    async with open_background() as background, trio.open_nursery() as nursery:
+        tokens = Tokens("alice", "secret", background, time_limit=5.0)
+        nursery.start_soon(lambda: TokenChannel(slow, tokens).unary("/KV/Txn", b"x", time_limit=5.0))
+        await trio.sleep(0.1)
+        channel = TokenChannel(quick, tokens)
+        await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+        await trio.sleep(2)
+        await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+    first, second = (given for method, given in sent(quick) if method == "Txn")
+    assert first == second
+
+
+async def test_strangers_refusal_is_not_about_the_token(autojump_clock):
+    """A write that a proxy refused is not sent again: only etcd's own words say that it was not applied."""
+    stranger = ChannelError(StatusCode.UNAUTHENTICATED, "HTTP status 401 instead of a gRPC answer")
+    async with authenticated(token(b"t1"), stranger) as (channel, script):
+        with pytest.raises(ChannelError, match="401"):
+            await channel.unary("/KV/Txn", b"x", time_limit=5.0)
+        assert 2 == len(script.calls)

@@ -245,24 +245,33 @@ async def test_cancellation_can_end_other_calls(autojump_clock):
         await trio.sleep(2)
 
 
-async def test_calls_that_expire_together_end_once_each(autojump_clock):
-    """A call that is sent away by the end of another one is not ended again by its own deadline."""
+@pytest.mark.parametrize("end", ["deadline", "cancellation"])
+async def test_calls_given_up_together_do_not_begin_one_another(autojump_clock, end):
+    """Those in line behind a call that is given up with them were never sent, and never are."""
     async with connected() as (connection, server, nursery):
-        connection._protocol._largest_stream_id = 3
         await server.say(frames_of.settings({frames_of.MAX_CONCURRENT_STREAMS: 1}))
         await trio.testing.wait_all_tasks_blocked()
         ends = []
 
-        async def ask():
+        async def ask(number):
             with pytest.raises(ChannelError) as caught:
-                await connection.unary(HEADERS, b"", 3.0)
+                await connection.unary(HEADERS, b"%d" % number, 3.0)
             ends.append((caught.value.code, caught.value.never_sent))
 
-        for _ in range(3):
-            nursery.start_soon(ask)
-        await trio.sleep(4)
+        async with trio.open_nursery() as callers:
+            for number in range(5):
+                callers.start_soon(ask, number)
+                await trio.testing.wait_all_tasks_blocked()
+            if end == "cancellation":
+                callers.cancel_scope.cancel()
         expired = StatusCode.DEADLINE_EXCEEDED
-        assert [(expired, False), (expired, False), (StatusCode.UNAVAILABLE, True)] == sorted(ends)
+        given_up = [(expired, False), *[(expired, True)] * 4] if end == "deadline" else []
+        assert given_up == sorted(ends)
+        nursery.start_soon(connection.unary, HEADERS, b"next", 9.0)
+        assert [(1, message(b"0")), (3, message(b"next"))] == [
+            await server.hear(frames_of.DATA) for _ in range(2)
+        ]
+        nursery.cancel_scope.cancel()
 
 
 async def test_server_that_stops_reading_does_not_get_what_was_given_up(autojump_clock):
@@ -426,7 +435,7 @@ async def test_server_that_stops_reading_holds_up_nobody_for_ever(autojump_clock
         @nursery.start_soon
         async def _():
             # It never got beyond us: what is written first is the answer to the greeting.
-            with failing(StatusCode.UNAVAILABLE, "silent", never_sent=True):
+            with failing(StatusCode.UNAVAILABLE, "silent|reads nothing", never_sent=True):
                 await connection.unary(HEADERS, b"", 60)
 
         await trio.testing.wait_all_tasks_blocked()
@@ -434,6 +443,27 @@ async def test_server_that_stops_reading_holds_up_nobody_for_ever(autojump_clock
             await connection.unary(HEADERS, b"", 5.0)
         assert pytest.approx(5) == trio.current_time()
         await trio.sleep(10)
+        assert not connection.accepts_calls
+
+
+async def test_server_that_talks_and_does_not_read_is_left(autojump_clock):
+    """Signs of life are none if nothing is taken for as long as a dead connection may live."""
+    async with connected() as (connection, server, nursery):
+
+        async def stuck():
+            await trio.sleep_forever()
+
+        connection._transport.send_stream.send_all_hook = stuck
+
+        @nursery.start_soon
+        async def _():
+            with failing(StatusCode.UNAVAILABLE, "reads nothing", never_sent=True):
+                await connection.unary(HEADERS, b"", 60)
+
+        for _ in range(20):
+            await trio.sleep(1)
+            if connection.accepts_calls:
+                await server.say(frames_of.settings({}))
         assert not connection.accepts_calls
 
 

@@ -270,6 +270,21 @@ def test_goaway_ends_later_calls_only():
     assert [MessageReceived(first, b"x")] == protocol.receive(answer(1, b"x"))[:1]
 
 
+def test_goaway_below_an_answered_call_is_no_proof():
+    """A server that answers a call and then says that it never saw it contradicts itself: the outcome is unknown."""
+    protocol = greeted()
+    first, second = protocol.call(HEADERS, b""), protocol.call(HEADERS, b"")
+    protocol.take()
+    protocol.receive(headers(3, *FIRST))
+    events = protocol.receive(goaway(0, ErrorCode.NO_ERROR))
+    assert [(first, True), (second, False)] == [(event.stream, event.never_sent) for event in events]
+
+
+def test_farewell_is_short():
+    """However much there is to say about what the server did wrong, it fits into its smallest frame."""
+    assert len(h2.goaway(ErrorCode.PROTOCOL_ERROR, "x" * 100_000)) < 1000
+
+
 def goaway(last, code, said=b""):
     return h2.frame(h2.GOAWAY, 0, 0, last.to_bytes(4, "big") + code.to_bytes(4, "big") + said)
 
@@ -587,7 +602,10 @@ def test_last_number_taken_by_a_queued_call_ends_those_behind_it():
     protocol = greeted(largest_stream_id=3)
     protocol.receive(h2.settings({h2.MAX_CONCURRENT_STREAMS: 1}))
     first, second, third = (protocol.call(HEADERS, b"") for _ in range(3))
+    protocol.take()
     protocol.cancel(first)
+    assert protocol.has_output
+    protocol.take()
     assert 3 == second.id
     assert [(third, 14, True)] == [(e.stream, e.code, e.never_sent) for e in protocol.take_events()]
 

@@ -119,6 +119,13 @@ def test_tls_of_another_type_is_refused():
         TlsConfig(cert="client.pem")
 
 
+@pytest.mark.parametrize("name", [".etcd", "a..b", "", "etcd\0", "x" * 300])
+def test_server_name_that_is_none_is_refused(name):
+    """It would end the connection's task at each attempt."""
+    with pytest.raises(ValueError, match="server_name="):
+        TlsConfig(server_name=name)
+
+
 def test_scheme_is_remembered_and_does_not_tell_endpoints_apart():
     """https, http and neither are told apart, while one member named in two ways is one endpoint."""
     parsed = parse_endpoints("https://a:1,http://b:1,c:1,a:1")

@@ -102,3 +102,14 @@ async def test_half_a_rotation_disturbs_nobody(content, autojump_clock):
             assert b"first" == await call(channel)
         files.content = "second"
         assert b"second" == await call(channel)
+
+
+async def test_closed_channel_makes_no_other_one(autojump_clock):
+    """After the end nothing is opened any more, rotated files or not."""
+    async with rotated() as (channel, files):
+        await call(channel)
+        await channel.aclose()
+        for files.content in ("first", "second"):
+            with pytest.raises(trio.ClosedResourceError):
+                await call(channel)
+        assert 1 == len(files.made)
