@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from functools import partial
 
 import pytest
 import trio
@@ -35,7 +37,7 @@ from etcd_infra.errors import (
     OutcomeUnknownError,
     UnavailableError,
 )
-from etcd_infra.testing import EtcdServer, find_etcd, open_proxy
+from etcd_infra.testing import EtcdServer, TcpProxy, find_etcd, open_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(find_etcd() is None, reason="no etcd program here")]
 
@@ -223,23 +225,64 @@ async def test_cancelled_call_is_cancelled_on_the_wire(server, transport, open_e
         assert await backend.get(b"k") is None
 
 
-async def test_forked_child_is_told(backend):
-    """In a forked child every use of the parent's backend raises; the parent goes on."""
-    await backend.put(b"k", b"v")
+def in_a_child(use):
+    """Fork; run `use` in the child, in a Trio run of its own; return whether it returned."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: "forking with threads", our point
         child = os.fork()
     if not child:  # pragma: no cover - the child's coverage is not collected
         code = 1
         try:
-            backend.get(b"k").send(None)
-        except ForkedError:
+            signal.set_wakeup_fd(-1)  # the parent's run has one, and Trio would warn
+            trio.run(use)
             code = 0
         finally:
             os._exit(code)
-    _, status = await trio.to_thread.run_sync(os.waitpid, child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+async def test_forked_child_is_told(backend):
+    """In a forked child every use of the parent's backend raises; the parent and its watch go on."""
+
+    async def use():
+        with pytest.raises(ForkedError), trio.fail_after(5):
+            await backend.get(b"k")
+        with pytest.raises(ForkedError), trio.fail_after(5):
+            async with backend.watch(KEY):
+                pass
+
+    async with backend.watch(KEY) as batches:
+        assert await trio.to_thread.run_sync(in_a_child, use)
+        await backend.put(b"k", b"v")
+        assert b"v" == (await batches.receive()).events[0].kv.value
     assert (await backend.get(b"k")).value == b"v"
+
+
+async def test_forked_child_has_a_connection_of_its_own(backend, server, open_etcd):
+    """A child opens its own backend beside the parent's open one."""
+
+    async def use():
+        with trio.fail_after(10):
+            async with open_etcd(server.endpoint) as own, own.watch(KEY) as batches:
+                await own.put(b"k", b"child's")
+                assert b"child's" == (await batches.receive()).events[0].kv.value
+
+    await backend.put(b"k", b"parent's")
+    assert await trio.to_thread.run_sync(in_a_child, use)
+    assert b"child's" == (await backend.get(b"k")).value
+
+
+async def test_ipv6(server, open_etcd):
+    """An address of version 6 stands in brackets; calls and watches go there."""
+    proxy = TcpProxy(server.endpoint, "http://[::1]")
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, proxy.serve, 0, host="::1"))
+        port = listener.socket.getsockname()[1]
+        async with open_etcd(f"http://[::1]:{port}") as backend, backend.watch(KEY) as batches:
+            await backend.put(b"k", b"six")
+            assert b"six" == (await batches.receive()).events[0].kv.value
+        nursery.cancel_scope.cancel()
 
 
 def test_backends_of_several_threads_do_not_meet(transport):

@@ -7,14 +7,42 @@ from hypothesis import strategies as st
 
 from etcd_infra._backends import http2_frames as h2
 from etcd_infra._backends.http2_protocol import Http2Protocol, MessageReceived, StreamEnded
-from tests.helpers.http2_server import FIRST, HEADERS, OK, data, greeted, headers, message
+from tests.helpers.http2_server import FIRST, HEADERS, OK, block, data, greeted, headers, message
 
 CALLS = 4
 IDS = st.sampled_from([1, 3, 5, 7])
 payloads = st.one_of(st.binary(max_size=50), st.integers(0, 40_000).map(bytes))
 FAILED = (("grpc-status", "9"), ("grpc-message", "no%21"))
 
+
+def continued(stream_id, fields, cuts, *, ends):
+    """Headers in a HEADERS frame and CONTINUATION frames, cut anywhere."""
+    encoded = block(*fields)
+    places = sorted(cut % (len(encoded) + 1) for cut in cuts)
+    pieces = [encoded[a:b] for a, b in zip([0, *places], [*places, len(encoded)], strict=True)]
+    flags = [h2.END_STREAM if ends else 0, *[0] * (len(pieces) - 1)]
+    flags[-1] |= h2.END_HEADERS
+    kinds = [h2.HEADERS, *[h2.CONTINUATION] * (len(pieces) - 1)]
+    return b"".join(h2.frame(k, f, stream_id, p) for k, f, p in zip(kinds, flags, pieces, strict=True))
+
+
+def padded(kind, flags, stream_id, payload, padding):
+    """A frame with padding; headers have a priority before what they say."""
+    priority = bytes(5) if flags & h2.HAS_PRIORITY else b""
+    return h2.frame(kind, flags | h2.PADDED, stream_id, bytes([padding]) + priority + payload + bytes(padding))
+
+
+CUTS = st.lists(st.integers(0, 200), min_size=1, max_size=4)
+PADDING = st.integers(0, 255)
 frame_of_a_server = st.one_of(
+    st.builds(lambda i, cuts: continued(i, FIRST, cuts, ends=False), IDS, CUTS),
+    st.builds(lambda i, cuts: continued(i, FAILED, cuts, ends=True), IDS, CUTS),
+    st.builds(
+        lambda i, n: padded(h2.HEADERS, h2.END_HEADERS | h2.HAS_PRIORITY, i, block(*FIRST), n), IDS, PADDING
+    ),
+    st.builds(lambda i, p, n: padded(h2.DATA, 0, i, message(p), n), IDS, st.binary(max_size=50), PADDING),
+    st.builds(lambda i: h2.frame(h2.PRIORITY, 0, i, bytes(5)), IDS),
+    st.builds(lambda i: headers(i, (":status", "103")), IDS),
     st.builds(lambda i: headers(i, *FIRST), IDS),
     st.builds(lambda i, ok: headers(i, *(OK if ok else FAILED), ends=True), IDS, st.booleans()),
     st.builds(lambda i: headers(i, *FIRST, *FAILED, ends=True), IDS),

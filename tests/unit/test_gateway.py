@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from contextlib import asynccontextmanager
+import warnings
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -340,3 +342,29 @@ async def test_call_out_of_time_says_whether_it_was_sent():
             for _ in range(8):
                 nursery.start_soon(ask, 0.5)
     assert [False] * 32 + [True] * 8 == sorted(outcomes)
+
+
+async def test_child_leaves_its_parents_calls_alone():
+    """Closing in a forked child breaks nothing off: the sockets are the parent's, too."""
+    async with open_http(kv__range=whole(b"{}")) as server, channel_to(server) as channel:
+        await call(channel)
+        asked, go_on = trio.Event(), trio.Event()
+
+        async def slowly(*request):
+            asked.set()
+            await go_on.wait()
+            await whole(b"{}")(*request)
+
+        server.scripts["/v3/kv/range"] = slowly
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call, channel)
+            await asked.wait()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: "forking with threads"
+                child = os.fork()
+            if not child:  # pragma: no cover - the child's coverage is not collected
+                with suppress(BaseException):
+                    channel.aclose().send(None)
+                os._exit(0)
+            await trio.to_thread.run_sync(os.waitpid, child, 0)
+            go_on.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from math import inf
@@ -10,12 +11,15 @@ import pytest
 import trio
 import trio.testing
 
+from etcd_infra._backends import http2_connection
 from etcd_infra._backends import http2_frames as h2
 from etcd_infra._backends.channel import ChannelError
 from etcd_infra._backends.endpoints import Endpoint
 from etcd_infra._backends.http2_channel import Http2Channel
 from etcd_infra._backends.status import StatusCode
 from etcd_infra._etcd.background import open_background
+from etcd_infra.testing import find_leaks, take_inventory
+from tests.helpers.certificates import Authority
 from tests.helpers.http2_server import FIRST, GREETING, answer, frames, headers
 
 METHOD = "/p.S/M"
@@ -48,10 +52,12 @@ async def listening(serve):
 
 
 @asynccontextmanager
-async def opened(port, *, dial_timeout=1.0):
+async def opened(port, *, dial_timeout=1.0, tls=None):
     """Open a channel."""
     async with open_background() as background:
-        channel = Http2Channel(Endpoint("127.0.0.1", port), dial_timeout=dial_timeout, background=background)
+        channel = Http2Channel(
+            Endpoint("127.0.0.1", port), dial_timeout=dial_timeout, background=background, tls=tls
+        )
         yield channel
         await channel.aclose()
         await channel.aclose()
@@ -339,8 +345,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_hostile_server_is_an_error_in_time(name):
-    """Whatever a server does, a call ends in time with the right verdict, and the channel closes cleanly."""
+    """Whatever a server does, a call ends in time with the right verdict, and nothing is left of the channel."""
     serve, code, never_sent = HOSTILE[name]
+    before = take_inventory()
     async with listening(serve) as server, opened(server.port) as channel:
         # Long enough on a busy machine, unless its end is what is waited for.
         time_limit = 0.3 if code == DEADLINE else 10.0
@@ -349,3 +356,80 @@ async def test_hostile_server_is_an_error_in_time(name):
                 await channel.unary(METHOD, b"ask", time_limit=time_limit)
             assert (code, never_sent) == (caught.value.code, caught.value.never_sent), str(caught.value)
             await trio.sleep(0.15)
+    assert [] == find_leaks(before, take_inventory())
+
+
+def secured(files, *, protocol="h2", then=answering):
+    """Serve over TLS."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(files.cert, files.key)
+    context.set_alpn_protocols([protocol])
+
+    async def serve(stream):
+        secure = trio.SSLStream(stream, context, server_side=True)
+        with suppress(trio.BrokenResourceError):
+            await secure.do_handshake()
+            await then(secure)
+
+    return serve
+
+
+def saying(*said):
+    """Say something instead of a handshake, wait for a moment, and close."""
+
+    async def serve(stream):
+        for piece in said:
+            await stream.send_all(piece)
+        await stream.receive_some()
+        await trio.sleep(0.05)
+
+    return serve
+
+
+HOSTILE_TLS = {
+    "mute": lambda _: say_nothing,
+    "closes": lambda _: lambda _stream: at_once(),
+    "plain HTTP": lambda _: web_server,
+    "garbage": lambda _: saying(bytes(range(256)) * 40),
+    "half a record": lambda _: saying(b"\x16\x03\x03\x02\x00" + bytes(100)),
+    "other protocol": lambda authority: secured(authority.server("127.0.0.1"), protocol="http/1.1"),
+    "other host": lambda authority: secured(authority.server("other.test")),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TLS)
+async def test_hostile_tls_server_is_an_error_in_time(name, tmp_path):
+    """Before a server has proven itself nothing is sent; the call ends in time, and no socket is left."""
+    authority = Authority(tmp_path)
+    serve, client = HOSTILE_TLS[name](authority), authority.client()
+    before = take_inventory()
+    async with listening(serve) as server, opened(server.port, dial_timeout=0.5, tls=client) as channel:
+        for _ in range(2):
+            with trio.fail_after(10), pytest.raises(ChannelError) as caught:
+                await channel.unary(METHOD, b"ask", time_limit=5.0)
+            assert (UNAVAILABLE, True) == (caught.value.code, caught.value.never_sent), str(caught.value)
+            await trio.sleep(0.15)
+    assert [] == find_leaks(before, take_inventory())
+
+
+async def test_calls_of_any_size_over_tls(tmp_path):
+    """Secured, one call after the other and many at once get their answers, on one connection."""
+    authority = Authority(tmp_path)
+    serve = secured(authority.server("127.0.0.1"))
+    async with listening(serve) as server, opened(server.port, tls=authority.client()) as channel:
+        for size in (0, 1, 20_000):
+            assert b"told" == await channel.unary(METHOD, bytes(size), time_limit=5.0)
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(partial(channel.unary, METHOD, b"x", time_limit=5.0))
+    assert 1 == server.accepted
+
+
+async def test_numbers_used_up_mean_another_connection(monkeypatch):
+    """Who calls when a connection has no number left gets the next connection; calls on the old one are finished."""
+    short = partial(http2_connection.Http2Protocol, largest_stream_id=5)
+    monkeypatch.setattr(http2_connection, "Http2Protocol", short)
+    async with listening(answering) as server, opened(server.port) as channel:
+        for _ in range(8):
+            assert b"told" == await channel.unary(METHOD, b"", time_limit=5.0)
+    assert 3 == server.accepted

@@ -165,6 +165,60 @@ async def test_frame_is_never_cut_by_another(is_cancelled):
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(("last", "never_sent"), [(0, True), (1, False)])
+async def test_server_that_goes_away_while_bytes_wait(last, never_sent):
+    """Half a request is written: a call above the last one was not handled, the last one goes on to its answer."""
+    farewell = frames_of.frame(frames_of.GOAWAY, 0, 0, last.to_bytes(4, "big") + bytes(4))
+    async with connected(buffer_bytes=BUFFER_BYTES) as (connection, server, nursery):
+        outcomes = []
+
+        async def ask():
+            try:
+                outcomes.append(await connection.unary(HEADERS, bytes(60_000), trio.current_time() + 5.0))
+            except ChannelError as error:
+                outcomes.append((error.code, error.never_sent))
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        assert connection._unsent
+        await server.send_all(farewell)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not connection.accepts_calls
+        if never_sent:
+            assert [(StatusCode.UNAVAILABLE, True)] == outcomes
+            return
+        with trio.fail_after(5):
+            while connection._unsent:
+                await server.receive_some()
+            await server.send_all(answer(1, b"told"))
+            while not outcomes:
+                await trio.sleep(0.001)
+        assert [b"told"] == outcomes
+
+
+async def test_connection_that_breaks_while_bytes_wait():
+    """Half a request may have been read; one behind it in line for a stream was not."""
+    async with connected(buffer_bytes=BUFFER_BYTES) as (connection, server, nursery):
+        await server.send_all(frames_of.settings({frames_of.MAX_CONCURRENT_STREAMS: 1}))
+        await trio.testing.wait_all_tasks_blocked()
+        outcomes = []
+
+        async def ask(number):
+            with pytest.raises(ChannelError) as failure:
+                await connection.unary(HEADERS, bytes(60_000), trio.current_time() + 5.0)
+            outcomes.append((number, failure.value.code, failure.value.never_sent))
+
+        for number in range(2):
+            nursery.start_soon(ask, number)
+            await trio.testing.wait_all_tasks_blocked()
+        assert connection._unsent
+        await server.aclose()
+        with trio.fail_after(5):
+            while len(outcomes) < 2:
+                await trio.sleep(0.001)
+        assert [(0, StatusCode.UNAVAILABLE, False), (1, StatusCode.UNAVAILABLE, True)] == sorted(outcomes)
+
+
 async def test_lone_call_on_a_broken_connection_may_have_been_sent():
     """The system refuses the bytes: the writer finds out why, and the call ends as one that may have been read."""
     async with connected() as (connection, server, _):
