@@ -18,7 +18,7 @@ from etcd_infra.testing import find_etcd
 
 ROOT = Path(__file__).parents[1]
 ROADS = ("http2", "grpcio", "gateway")
-STORIES = ("locks", "elections", "state", "transactions")
+STORIES = ("locks", "elections", "state", "transactions", "topics")
 FIGURE = re.compile(r"(\d+) (passed|failed|error)")
 
 

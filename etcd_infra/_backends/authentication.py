@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _AUTHENTICATE: Final = "/etcdserverpb.Auth/Authenticate"
 _NOT_ENABLED: Final = "etcdserver: authentication is not enabled"
-# etcd: what it says when a token is void, is missing, or is older than a change of users and roles. Whoever else
-# refuses a call may not know what became of it.
+# etcd: what it says when a token is void, is missing, or is older than a change of users and roles. Others who
+# refuse a call may not know what became of it.
 _TOKEN_TEXTS: Final = frozenset(
     {
         "etcdserver: invalid auth token",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _SILENCE_SECONDS: Final = 10.0
 _PING_SECONDS: Final = 4.0
 _FAREWELL_SECONDS: Final = 0.1
+# Each look at the time is one at every call.
+_BETWEEN_LOOKS_SECONDS: Final = 0.005
 # A server that takes less than this in as long as a dead connection lives is as good as dead, whatever it says.
 _PIECE_BYTES: Final = 64 * 1024
 
@@ -238,7 +240,7 @@ class Connection:
             return inf
         deadlines = (call.deadline for call in self._calls.values())
         # Race: bytes that came meanwhile have moved the moment; it is never in the past for long.
-        return max(now, min((silence_ends, *deadlines)))
+        return max(now + _BETWEEN_LOOKS_SECONDS, min((silence_ends, *deadlines)))
 
     def _expire(self, now: float) -> None:
         for stream, call in [entry for entry in self._calls.items() if entry[1].deadline <= now]:

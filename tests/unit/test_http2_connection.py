@@ -245,6 +245,28 @@ async def test_cancellation_can_end_other_calls(autojump_clock):
         await trio.sleep(2)
 
 
+async def test_many_deadlines_are_looked_at_together(autojump_clock, monkeypatch):
+    """A thousand calls that end one after the other are not a thousand looks at a thousand calls."""
+    async with connected() as (connection, server, nursery):
+        await server.say(frames_of.settings({frames_of.MAX_CONCURRENT_STREAMS: 2000}))
+        await trio.testing.wait_all_tasks_blocked()
+        looks, expire = [], connection._expire
+        monkeypatch.setattr(connection, "_expire", lambda now: (looks.append(now), expire(now)))
+        late = []
+
+        async def ask(deadline):
+            with failing(StatusCode.DEADLINE_EXCEEDED):
+                await connection.unary(HEADERS, b"", deadline)
+            late.append(trio.current_time() - deadline)
+
+        for number in range(1000):
+            nursery.start_soon(ask, 3 + number / 1000)
+        await trio.sleep(5)
+        assert 1000 == len(late)
+        assert len(looks) <= 1 / 0.005 + 2
+        assert 0 <= min(late) <= max(late) < 0.006
+
+
 @pytest.mark.parametrize("end", ["deadline", "cancellation"])
 async def test_calls_given_up_together_do_not_begin_one_another(autojump_clock, end):
     """Those in line behind a call that is given up with them were never sent, and never are."""
