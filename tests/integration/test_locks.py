@@ -255,6 +255,15 @@ async def test_command_line_on_a_real_etcd():
         assert b"Traceback" not in done.stderr
 
 
+@pytest.fixture
+def heeded_sigint():
+    """Let children be interrupted although a shell's background job, like a nohup, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_sigint")
 async def test_dev_server_runs_until_interrupted():
     """`dev-server` says where it answers, and goes away, with its etcd, at SIGINT."""
     command = [sys.executable, "-m", "etcd_infra", "dev-server"]
