@@ -2,8 +2,8 @@
 A TCP connection for HTTP/2: Trio's own stream, with two short cuts to the socket under it.
 
 Why not `trio.SocketStream` alone: it tries to read before it waits, which is in vain each time when one call
-follows the other, and it can not write without giving its turn up. Without both a lone call needs two system calls
-and a turn of the loop less.
+follows the other, and it can not write without giving its turn up. Without both a lone call needs a turn of the
+loop and two system calls less.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ ROADS = (
         "denial-is-repeated",
         "A call that etcd denies is sent again with a new token.",
         "_backends/authentication.py",
-        "    return error.code == StatusCode.UNAUTHENTICATED or",
-        "    return error.code in {StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED} or",
+        "    return error.details in",
+        "    return error.code == StatusCode.PERMISSION_DENIED or error.details in",
         "unit/test_authentication.py::test_denial_is_not_sent_again",
     ),
     Mutant(
