@@ -15,7 +15,7 @@ import trio
 
 from etcd_infra.testing.plain_http import call_gateway
 from etcd_infra.testing.proxy import TcpProxy, open_proxy
-from etcd_infra.testing.server import EtcdServer, free_port
+from etcd_infra.testing.server import EtcdServer, free_ports
 
 if TYPE_CHECKING:
     import os
@@ -227,7 +227,7 @@ class EtcdCluster:
             scope.cancel()
 
     def _make_members(self) -> tuple[EtcdServer, ...]:
-        peers = {f"m{number}": f"http://127.0.0.1:{free_port()}" for number in range(self._size)}
+        peers = {f"m{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(free_ports(self._size))}
         everybody = ",".join(f"{name}={peer}" for name, peer in peers.items())
         return tuple(
             EtcdServer(

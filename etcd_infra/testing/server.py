@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -50,16 +51,24 @@ def find_etcd() -> Path | None:
     return _find_packaged()
 
 
-def free_port() -> int:
-    """Choose a port below the ephemeral range that nobody listens on now (another process may be faster)."""
-    while True:
-        port = secrets.choice(_PORTS)
-        with socket.socket() as probe:
+def free_ports(count: int) -> list[int]:
+    """Choose different ports below the ephemeral range that nobody listens on now (others may be faster)."""
+    ports: list[int] = []
+    with ExitStack() as probes:
+        while len(ports) < count:
+            port = secrets.choice(_PORTS)
+            probe = probes.enter_context(socket.socket())
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+            ports.append(port)
+    return ports
+
+
+def free_port() -> int:
+    """Choose one of them."""
+    return free_ports(1)[0]
 
 
 class EtcdServer:
@@ -194,12 +203,13 @@ class EtcdServer:
             return
 
     def _choose_ports(self, binary: Path, directory: Path) -> None:
-        self._plain_endpoint = self.endpoint = f"http://127.0.0.1:{free_port()}"
+        plain, secured, peers = free_ports(3)
+        self._plain_endpoint = self.endpoint = f"http://127.0.0.1:{plain}"
         more: list[str] = []
         if self._tls is not None:
-            self.endpoint = f"https://127.0.0.1:{free_port()}"
+            self.endpoint = f"https://127.0.0.1:{secured}"
             more = [f"--listen-metrics-urls={self._plain_endpoint}", *_flags_of(self._tls)]
-        peer = f"http://127.0.0.1:{free_port()}"
+        peer = f"http://127.0.0.1:{peers}"
         self._command = [
             str(binary),
             "--name=member",

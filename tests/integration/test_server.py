@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from etcd_infra import TlsConfig
-from etcd_infra.testing.server import EtcdServer, find_etcd
+from etcd_infra.testing import server as server_module
+from etcd_infra.testing.server import EtcdServer, find_etcd, free_ports
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(find_etcd() is None, reason="no etcd program here")]
 
@@ -65,6 +66,13 @@ async def test_failed_start_shows_the_end_of_the_log():
     with pytest.raises(RuntimeError, match="no-such-flag"):
         async with EtcdServer(extra_args=["--no-such-flag"]):
             pass
+
+
+def test_ports_chosen_together_differ(monkeypatch):
+    """The members of a cluster never get one port twice, not even if there are hardly more than are asked for."""
+    monkeypatch.setattr(server_module, "_PORTS", range(20_100, 20_120))
+    for _ in range(50):
+        assert 8 == len(set(free_ports(8)))
 
 
 def test_tls_needs_a_certificate():
