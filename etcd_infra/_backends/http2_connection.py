@@ -89,6 +89,7 @@ class Connection:
 
         self._callers += 1
         try:
+            # One in line for a free stream is left to the writer: its beginning can be the end of other calls.
             if self._callers == 1 and stream.id and self._tcp is not None and not self._unsent:
                 self._write_now()
             self._wake_writer()

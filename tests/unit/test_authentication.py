@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from itertools import count
 from math import inf
 
 import pytest
@@ -252,6 +253,8 @@ async def test_closing_does_not_leave_anybody_waiting(autojump_clock):
 class SlowMember(ScriptedChannel):
     """A member that gives out a token at once, and whose answer is under way for a while."""
 
+    numbers = count()
+
     def __init__(self, valid, delay=0.0):
         super().__init__()
         self.valid = valid
@@ -265,7 +268,7 @@ class SlowMember(ScriptedChannel):
             if dict(metadata).get("token") not in self.valid:
                 raise EXPIRED
             return b"done"
-        given = f"t{self.valid[-1][1:] if self.valid else 0}{len(self.calls)}"
+        given = f"t{next(self.numbers)}"
         self.valid.append(given)
         await trio.sleep(self.delay)
         return token(given.encode())

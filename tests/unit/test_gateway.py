@@ -356,8 +356,13 @@ async def test_child_leaves_its_parents_calls_alone():
             await whole(b"{}")(*request)
 
         server.scripts["/v3/kv/range"] = slowly
+        answers = []
+
+        async def ask():
+            answers.append(await call(channel))
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(call, channel)
+            nursery.start_soon(ask)
             await asked.wait()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: "forking with threads"
@@ -368,3 +373,4 @@ async def test_child_leaves_its_parents_calls_alone():
                 os._exit(0)
             await trio.to_thread.run_sync(os.waitpid, child, 0)
             go_on.set()
+        assert 1 == len(answers)

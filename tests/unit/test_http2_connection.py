@@ -448,11 +448,7 @@ async def test_receive_may_be_cancelled(autojump_clock):
 async def test_server_that_stops_reading_holds_up_nobody_for_ever(autojump_clock):
     """When nothing more can be written, calls still end at their deadlines, and the connection in the end."""
     async with connected() as (connection, _, nursery):
-
-        async def stuck():
-            await trio.sleep_forever()
-
-        connection._transport.send_stream.send_all_hook = stuck
+        connection._transport.send_stream.send_all_hook = trio.sleep_forever
 
         @nursery.start_soon
         async def _():
@@ -471,11 +467,7 @@ async def test_server_that_stops_reading_holds_up_nobody_for_ever(autojump_clock
 async def test_server_that_talks_and_does_not_read_is_left(autojump_clock):
     """Signs of life are none if nothing is taken for as long as a dead connection may live."""
     async with connected() as (connection, server, nursery):
-
-        async def stuck():
-            await trio.sleep_forever()
-
-        connection._transport.send_stream.send_all_hook = stuck
+        connection._transport.send_stream.send_all_hook = trio.sleep_forever
 
         @nursery.start_soon
         async def _():

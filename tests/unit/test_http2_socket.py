@@ -147,6 +147,8 @@ async def test_frame_is_never_cut_by_another(is_cancelled):
         assert connection._unsent
         if is_cancelled:
             first.cancel()
+            # So that the next call is alone again, whichever task Trio would run first.
+            await trio.testing.wait_all_tasks_blocked()
         for request in requests[1:]:
             nursery.start_soon(ask, request, trio.CancelScope())
             await trio.testing.wait_all_tasks_blocked()
